@@ -1,0 +1,115 @@
+"""What all attacks share: per-example keys, gradients of the summed loss, and the bookkeeping of the best point.
+
+An attack sees a model only as ``logits_fn``. Gradients are those of the sum of per-example losses, so that each example's gradient is its
+own, whatever the batch holds and however it is spread over devices.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gfa_jax import norms
+from gfa_jax.threat import ThreatModel
+from gfa_jax.types import Array, AttackResult, LogitsFn, LossFn
+
+
+def example_keys(key: Array, indices: Array) -> Array:
+    """Returns one key for each example, a function of the example's index alone.
+
+    With keys made from stable indices (the position in the data set), an attack's result for an example does not change when the batch
+    is permuted, split, padded or spread over devices.
+
+    Args:
+      key: a typed PRNG key.
+      indices: integers ``[B]``, non-negative.
+
+    Returns:
+      Typed PRNG keys ``[B]``.
+    """
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, indices)
+
+
+class Evaluation(NamedTuple):
+    """The model at one point of each example: loss ``[B]``, misclassified bool ``[B]``, gradient ``[B, ...]``."""
+
+    loss: Array
+    misclassified: Array
+    gradient: Array
+
+
+def evaluate(logits_fn: LogitsFn, loss_fn: LossFn, inputs: Array, labels: Array) -> Evaluation:
+    """Returns loss, correctness and input gradient from one forward and one backward pass."""
+
+    def summed_loss(inputs: Array) -> tuple[Array, tuple[Array, Array]]:
+        logits = logits_fn(inputs)
+        losses = loss_fn(logits, labels)
+        return jnp.sum(losses), (losses, is_misclassified(logits, labels))
+
+    (_, (losses, wrong)), gradient = jax.value_and_grad(summed_loss, has_aux=True)(inputs)
+    return Evaluation(losses.astype(jnp.float32), wrong, gradient)
+
+
+def evaluate_forward(
+    logits_fn: LogitsFn, loss_fn: LossFn, inputs: Array, labels: Array
+) -> tuple[Array, Array]:
+    """Returns the loss ``[B]`` and whether the example is misclassified ``[B]`` from one forward pass."""
+    logits = logits_fn(inputs)
+    return loss_fn(logits, labels).astype(jnp.float32), is_misclassified(logits, labels)
+
+
+def is_misclassified(logits: Array, labels: Array) -> Array:
+    """Returns ``argmax logits != labels``, bool ``[B]``; ties go to the first class."""
+    return jnp.argmax(logits, axis=1) != labels
+
+
+def is_zero(gradient: Array) -> Array:
+    """Returns whether each example's gradient is exactly zero, bool ``[B]``."""
+    return ~jnp.any(norms.flatten(gradient) != 0, axis=1)
+
+
+class Best(NamedTuple):
+    """The best point so far: misclassified points first, then the larger loss.
+
+    Attributes:
+      adv_inputs: ``[B, ...]``.
+      loss: ``[B]``, the loss at ``adv_inputs``.
+      success: ``[B]``, whether ``adv_inputs`` is misclassified.
+    """
+
+    adv_inputs: Array
+    loss: Array
+    success: Array
+
+    def update(self, adv_inputs: Array, loss: Array, misclassified: Array) -> "Best":
+        """Returns the better of this and a new point, example by example. A NaN loss never replaces a point unless it misleads the model."""
+        first_success = misclassified & ~self.success
+        better = first_success | ((misclassified == self.success) & (loss > self.loss))
+        return Best(
+            jnp.where(norms.expand(better, adv_inputs), adv_inputs, self.adv_inputs),
+            jnp.where(better, loss, self.loss),
+            self.success | misclassified,
+        )
+
+
+def finish(
+    threat: ThreatModel,
+    inputs: Array,
+    best: Best,
+    *,
+    num_forwards: int,
+    num_backwards: int,
+    num_zero_gradients: Array,
+) -> AttackResult:
+    """Returns the result of an attack that keeps the best point: the clean input, at distance 0, where it failed."""
+    adv_inputs = jnp.where(norms.expand(best.success, inputs), best.adv_inputs, inputs)
+    count = jnp.ones(inputs.shape[0], jnp.int32)
+    return AttackResult(
+        adv_inputs=jax.lax.stop_gradient(adv_inputs),
+        success=best.success,
+        distance=threat.distance(inputs, adv_inputs).astype(jnp.float32),
+        loss=best.loss,
+        num_forwards=num_forwards * count,
+        num_backwards=num_backwards * count,
+        num_zero_gradients=num_zero_gradients,
+    )

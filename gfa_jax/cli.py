@@ -1,0 +1,115 @@
+"""Command lines: flags as dataclass fields, in the convention that JAX users know.
+
+``--config FILE`` names a recipe, ``--config.a.b=value`` overrides one of its fields, and the other flags are the fields of a dataclass. Fractions
+(``8/255``) are numbers. An unknown flag ends the program with a suggestion, before anything runs.
+"""
+
+import argparse
+import dataclasses
+import fractions
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from gfa_jax import config as config_lib
+
+Flags = TypeVar("Flags")
+
+
+def _parse_number(text: str) -> float:
+    return float(fractions.Fraction(text)) if "/" in text else float(text)
+
+
+_REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _number_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[float] | None:
+    """Lets floats be given as fractions."""
+    if info.type is not float:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="NUMBER",
+        instance_from_str=lambda texts: _parse_number(texts[0]),
+        is_instance=lambda value: isinstance(value, int | float) and not isinstance(value, bool),
+        str_from_instance=lambda value: [repr(float(value))],
+    )
+
+
+def parse(flags: type[Flags], argv: Sequence[str] | None = None, *, description: str, default: Flags | None = None) -> Flags:
+    """Parses the command line into a dataclass.
+
+    Args:
+      flags: a dataclass; its field docstrings are the help.
+      argv: without the program's name; the process's own by default.
+      description: shown by ``--help``.
+      default: values of the flags that are not given.
+
+    Raises:
+      SystemExit: with code 2 for an unknown flag or a bad value, after a message with suggestions.
+    """
+    with _REGISTRY:
+        return tyro.cli(
+            flags,
+            args=sys.argv[1:] if argv is None else list(argv),
+            description=description,
+            default=default,
+            config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainFlags:
+    """Flags of ``train.py`` beside ``--config FILE``."""
+
+    workdir: str
+    """Folder of the run; the same command with the same folder resumes."""
+    config: config_lib.TrainConfig
+    """Fields of the recipe."""
+    stop_after: int | None = None
+    """Stop, saved, once so many steps are done; schedules still span the whole training."""
+    compile_cache: str | None = None
+    """Folder in which compiled programs are kept between runs."""
+
+
+def parse_train(argv: Sequence[str] | None = None) -> TrainFlags:
+    """Parses ``--config FILE --workdir DIR [--config.a.b=value ...]``.
+
+    Raises:
+      SystemExit: as ``parse``, and for a config file that cannot be used.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE")
+    known, rest = parser.parse_known_args(argv)
+    wants_help = any(flag in rest for flag in ("-h", "--help"))
+    if known.config is None and not wants_help:
+        fail("--config FILE is required, such as --config configs/digits_gfa.py.")
+    config = run_or_fail(lambda: config_lib.load_file(known.config)) if known.config else config_lib.TrainConfig()
+    description = "Trains a classifier. --config FILE names the recipe (see configs/); its fields can be overridden here."
+    # The workdir has no default: tyro asks for it.
+    flags: Any = dataclasses.make_dataclass(
+        "train",
+        [("workdir", str), ("config", config_lib.TrainConfig, config), ("stop_after", int | None, None), ("compile_cache", str | None, None)],
+        frozen=True,
+        namespace={"__doc__": TrainFlags.__doc__},
+    )
+    parsed = parse(flags, rest, description=description)
+    return TrainFlags(parsed.workdir, parsed.config, parsed.stop_after, parsed.compile_cache)
+
+
+def fail(message: str) -> Any:
+    """Ends the program with code 2 and a message on standard error."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def run_or_fail(function: Callable[[], Any]) -> Any:
+    """Calls a function; the errors that a user can mend end the program with their message alone."""
+    try:
+        return function()
+    except (ValueError, FileNotFoundError, PermissionError, ImportError) as error:
+        return fail(str(error))

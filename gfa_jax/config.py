@@ -1,0 +1,301 @@
+"""The schema of training recipes: primitives only, checked before anything is compiled or written.
+
+A file in ``configs/`` returns a ``TrainConfig`` from ``get_config()``; the command line overrides single fields
+(``--config.optimizer.learning_rate=0.1``). Only the training loop, the evaluation, the benchmark and the two scripts see these classes; everything
+below takes plain keyword arguments.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from gfa_jax import _validate, alignment, norms, objectives
+from gfa_jax.models import MODELS
+from gfa_jax.models.cnn import INITIALIZERS
+
+ATTACKS = ("none", "fgsm", "pgd")
+OPTIMIZERS = ("adamw", "sgd")
+SCHEDULES = ("constant", "cosine", "onecycle", "step")
+PRECISIONS = ("default", "high", "highest")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which examples are trained on, and how they are augmented."""
+
+    name: str = "digits"
+    """``digits``, ``arrays:PATH.npz``, or ``tfds:<name>``."""
+    data_dir: str | None = None
+    """Of tfds: where prepared data sets lie; its own default otherwise."""
+    num_validation: int = 300
+    """Examples held out of the training split, for tuning and checkpoint choice; test images serve neither."""
+    max_train_examples: int | None = None
+    """Train on the first so many only."""
+    crop_padding: int = 0
+    """Zero padding of the random crop, in pixels; 0 for no crop."""
+    flip: bool = False
+    """Random horizontal flips."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The classifier."""
+
+    name: str = "cnn4"
+    """A key of ``gfa_jax.models.MODELS``."""
+    homogeneous: bool = True
+    """Without biases and normalisation layers, as alignment needs it."""
+    width: float = 1.0
+    """Factor on all channel counts."""
+    initializer: str = "he"
+    """``he`` or ``orthogonal``."""
+    input_mean: tuple[float, ...] = (0.0,)
+    """Of the normalisation inside the model: one value, or one for each channel."""
+    input_std: tuple[float, ...] = (1.0,)
+    """The same for the standard deviation."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ThreatConfig:
+    """What the model should resist: training attacks, alignment at the input, and evaluation use it."""
+
+    norm: str = "linf"
+    """``linf``, ``l2`` or ``l1``."""
+    epsilon: float = 8 / 255
+    """Radius, for images in [0, 1]."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GFAConfig:
+    """The alignment term; see ``gfa_jax.objectives.gfa``."""
+
+    weight: float = 0.0
+    """lambda at the end of its warm-up; 0 switches the term off."""
+    warmup_fraction: float = 0.5
+    """Share of training over which lambda rises linearly from 0."""
+    target: str = "sampled_margin"
+    """``sampled_margin``, ``log_odds``, ``margin``, ``cross_entropy`` or ``dlr``."""
+    form: str = "log"
+    """``linear``, ``log``, ``squared``, ``absolute`` or ``tangential``."""
+    input_weight: float = 1.0
+    """Weight of the normalised input among the layers; 0 leaves it out."""
+    hidden_weight: float = 1.0
+    """Weight of each hidden layer; 0 leaves them out."""
+    hidden_layers: str = ""
+    """Pattern of the hidden taps; empty for the model's own."""
+    input_norm: str = "threat"
+    """Norm of the input feature; ``threat`` for that of the threat model. Hidden layers use l2."""
+    second_order: str = "exact"
+    """``exact`` or ``finite_difference``."""
+    displacement: float = 0.05
+    """Of the finite difference, as a share of feature norms."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttackConfig:
+    """Adversarial examples to train on."""
+
+    name: str = "none"
+    """``none`` (train on clean examples), ``fgsm`` or ``pgd``."""
+    num_steps: int = 7
+    """Of pgd."""
+    step_size: float | None = None
+    """In input units; by default 2.5 epsilon / num_steps (pgd) or 1.25 epsilon (fgsm)."""
+    random_start: bool = True
+    """Start at a random point of the ball."""
+    warmup_fraction: float = 0.0
+    """Share of training over which epsilon rises linearly from 0. Bias-free networks need a gentle start."""
+    train_mode: bool = False
+    """Whether the attack sees BatchNorm in training mode."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optax chain: clipping, decay masked to kernels, update rule, schedule."""
+
+    name: str = "adamw"
+    """``adamw`` or ``sgd`` (Nesterov)."""
+    learning_rate: float = 2e-3
+    """Peak."""
+    schedule: str = "onecycle"
+    """``constant``, ``cosine``, ``onecycle`` (linear up over warmup_fraction, cosine down) or ``step`` (x0.1 at 1/2 and 3/4)."""
+    warmup_fraction: float = 0.25
+    """Of onecycle, and of the linear warm-up of the others (0 for none)."""
+    momentum: float = 0.9
+    """Of sgd."""
+    weight_decay: float = 1e-4
+    """Applied to kernels only."""
+    clip_norm: float = 1.0
+    """Global gradient norm; 0 for no clipping."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How often training logs, evaluates and saves."""
+
+    log_every: int = 20
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 0
+    """Steps between evaluations on the validation split; 0 for the end only."""
+    eval_attack_steps: int = 10
+    """Steps of the PGD (margin loss, the threat model) whose accuracy chooses the best checkpoint; 0 for clean accuracy."""
+    eval_examples: int = 1000
+    """At most so many validation examples."""
+    eval_batch_size: int = 250
+    """Examples evaluated at once."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 for the end only. An evaluation saves too."""
+    keep_best: int = 1
+    """Best checkpoints kept beside the latest."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole recipe."""
+
+    seed: int = 0
+    """Of initialisation, batches, augmentation and attacks."""
+    batch_size: int = 64
+    """Global; divisible by the number of devices."""
+    train_steps: int = 1000
+    """Optimiser steps."""
+    precision: str = "default"
+    """Of float32 products on accelerators (``jax_default_matmul_precision``): ``default``, ``high`` or ``highest``. No effect on CPU."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    threat: ThreatConfig = ThreatConfig()
+    gfa: GFAConfig = GFAConfig()
+    attack: AttackConfig = AttackConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loop: LoopConfig = LoopConfig()
+
+
+def validate(config: TrainConfig, *, num_devices: int = 1) -> None:
+    """Checks everything that needs neither data nor a model.
+
+    Raises:
+      ValueError: naming the field, its value and what would be valid.
+    """
+    _validate.positive_integer(
+        **{
+            "config.batch_size": config.batch_size,
+            "config.train_steps": config.train_steps,
+            "config.attack.num_steps": config.attack.num_steps,
+            "config.loop.log_every": config.loop.log_every,
+            "config.loop.eval_examples": config.loop.eval_examples,
+            "config.loop.eval_batch_size": config.loop.eval_batch_size,
+        }
+    )
+    if config.batch_size % num_devices:
+        raise ValueError(f"config.batch_size={config.batch_size} must be divisible by the {num_devices} devices.")
+    _validate.one_of(PRECISIONS, **{"config.precision": config.precision})
+    _validate.one_of(MODELS, **{"config.model.name": config.model.name})
+    _validate.one_of(INITIALIZERS, **{"config.model.initializer": config.model.initializer})
+    _validate.one_of(norms.DUALS, **{"config.threat.norm": config.threat.norm})
+    _validate.one_of(objectives.TARGETS, **{"config.gfa.target": config.gfa.target})
+    _validate.one_of(alignment.FORMS, **{"config.gfa.form": config.gfa.form})
+    _validate.one_of(("threat", *norms.DUALS), **{"config.gfa.input_norm": config.gfa.input_norm})
+    _validate.one_of(objectives.SECOND_ORDER, **{"config.gfa.second_order": config.gfa.second_order})
+    _validate.one_of(ATTACKS, **{"config.attack.name": config.attack.name})
+    _validate.one_of(OPTIMIZERS, **{"config.optimizer.name": config.optimizer.name})
+    _validate.one_of(SCHEDULES, **{"config.optimizer.schedule": config.optimizer.schedule})
+    _validate.positive(
+        **{
+            "config.model.width": config.model.width,
+            "config.optimizer.learning_rate": config.optimizer.learning_rate,
+            **({} if config.attack.step_size is None else {"config.attack.step_size": config.attack.step_size}),
+        }
+    )
+    _validate.non_negative(
+        **{
+            "config.threat.epsilon": config.threat.epsilon,
+            "config.gfa.weight": config.gfa.weight,
+            "config.gfa.input_weight": config.gfa.input_weight,
+            "config.gfa.hidden_weight": config.gfa.hidden_weight,
+            "config.optimizer.weight_decay": config.optimizer.weight_decay,
+            "config.optimizer.clip_norm": config.optimizer.clip_norm,
+            "config.data.num_validation": config.data.num_validation,
+            "config.data.crop_padding": config.data.crop_padding,
+            "config.loop.eval_every": config.loop.eval_every,
+            "config.loop.eval_attack_steps": config.loop.eval_attack_steps,
+            "config.loop.checkpoint_every": config.loop.checkpoint_every,
+            "config.loop.keep_best": config.loop.keep_best,
+        }
+    )
+    for name, fraction in {
+        "config.gfa.warmup_fraction": config.gfa.warmup_fraction,
+        "config.attack.warmup_fraction": config.attack.warmup_fraction,
+        "config.optimizer.warmup_fraction": config.optimizer.warmup_fraction,
+    }.items():
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"{name}={fraction} must lie in [0, 1].")
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Returns the nested fields as JSON-ready values (tuples as lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(values: Mapping[str, Any]) -> TrainConfig:
+    """Returns the config whose ``to_dict`` gave ``values``.
+
+    Raises:
+      ValueError: for unknown fields (with a suggestion): the file is of another version.
+    """
+    return _from_dict(TrainConfig, values, "config")
+
+
+def _from_dict(cls: Any, values: Mapping[str, Any], path: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    arguments = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise ValueError(f"unknown field {path}.{name}.{_validate.suggestion(name, fields)} Fields are {sorted(fields)}.")
+        kind = fields[name].type
+        if dataclasses.is_dataclass(kind):
+            value = _from_dict(kind, value, f"{path}.{name}")
+        arguments[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**arguments)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "config") -> list[str]:
+    """Returns one line for each field that differs between two ``to_dict`` results."""
+    lines = []
+    for name in sorted({*old, *new}):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += differences(before, after, f"{path}.{name}")
+        elif before != after:
+            lines.append(f"{path}.{name}: {before!r} there, {after!r} now")
+    return lines
+
+
+def load_file(path: str) -> TrainConfig:
+    """Returns ``get_config()`` of a Python file.
+
+    Raises:
+      FileNotFoundError: for a missing file, with close matches.
+      ValueError: for a file without ``get_config()``, or one that returns something else.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file():
+        candidates = [str(other) for other in file.parent.glob("*.py")] if file.parent.is_dir() else []
+        close = difflib.get_close_matches(str(file), candidates, n=3)
+        known = f" Close: {', '.join(close)}." if close else f" There: {', '.join(sorted(candidates)) or 'nothing'}."
+        raise FileNotFoundError(f"config file {path!r} does not exist.{known}")
+    spec = importlib.util.spec_from_file_location(f"gfa_jax_config_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"config file {path!r} is not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"config file {path!r} has no get_config().")
+    config = module.get_config()
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"get_config() of {path!r} returns {type(config).__name__}, not gfa_jax.config.TrainConfig.")
+    return config
+

@@ -1,0 +1,31 @@
+"""Writing files so that a reader never sees half of one."""
+
+import json
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+
+def write_bytes(path: pathlib.Path, content: bytes) -> None:
+    """Replaces a file atomically: after a crash there is the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes private files; results are as readable as any other file of the user.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        pathlib.Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes indented JSON atomically; NaN and infinities are refused (ValueError), since they are not JSON."""
+    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())

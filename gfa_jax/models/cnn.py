@@ -1,0 +1,132 @@
+"""Plain convolutional classifiers, with a homogeneous form for gradient-feature alignment."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+
+from gfa_jax import _validate
+from gfa_jax.models import layers
+from gfa_jax.types import Array
+
+INITIALIZERS = {
+    "he": nn.initializers.he_normal(),
+    "orthogonal": nn.initializers.orthogonal(2**0.5),
+}
+"""Kernel initialisers that keep the signal's scale through ReLU; framework defaults shrink it at every layer."""
+
+_HEAD_INITIALIZER = nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
+
+
+class Block(nn.Module):
+    """Convolution or dense layer, optional BatchNorm, ReLU: its output is one feature of the network.
+
+    Attributes:
+      features: output channels.
+      kernel_size: spatial kernel; empty for a dense layer.
+      use_bias: whether the layer has a bias. Without bias and BatchNorm the block is positively homogeneous.
+      batch_norm: whether BatchNorm follows the layer.
+      padding: of the convolution, ``SAME`` or ``VALID``.
+      initializer: a key of ``INITIALIZERS``.
+      dtype: of the computation; parameters stay float32.
+    """
+
+    features: int
+    kernel_size: tuple[int, ...] = (3, 3)
+    use_bias: bool = False
+    batch_norm: bool = False
+    padding: str = "SAME"
+    initializer: str = "he"
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, inputs: Array, *, train: bool) -> Array:
+        """``[B, H, W, C] -> [B, H', W', features]``, or ``[B, C] -> [B, features]`` for a dense layer."""
+        kernel_init = INITIALIZERS[self.initializer]
+        if self.kernel_size:
+            hidden = nn.Conv(
+                self.features,
+                self.kernel_size,
+                padding=self.padding,
+                use_bias=self.use_bias,
+                kernel_init=kernel_init,
+                dtype=self.dtype,
+                conv_general_dilated=layers.conv_general_dilated,
+                name="conv",
+            )(inputs)
+        else:
+            hidden = nn.Dense(self.features, use_bias=self.use_bias, kernel_init=kernel_init, dtype=self.dtype, name="dense")(inputs)
+        if self.batch_norm:
+            hidden = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype, name="norm")(hidden)
+        return nn.relu(hidden)
+
+
+class CNN(nn.Module):
+    """Stages of convolution blocks with pooling between them, dense blocks, and a linear head.
+
+    Submodules, which are the names of its taps: ``normalize``, ``block_0`` ..., ``dense_0`` ..., ``head``.
+
+    Attributes:
+      num_classes: logits.
+      stages: output channels of the convolutions of each stage; 2x2 pooling follows every stage, or global average pooling
+        the last one where ``global_pool`` is set.
+      dense: widths of the dense blocks before the head.
+      input_mean: of ``layers.Normalize``.
+      input_std: of ``layers.Normalize``.
+      use_bias: whether layers have biases, the head included.
+      batch_norm: whether BatchNorm follows each layer.
+      pooling: ``max`` or ``average``.
+      global_pool: whether the last stage ends in global average pooling.
+      padding: ``SAME`` or ``VALID``.
+      initializer: ``he`` or ``orthogonal``; the head starts smaller.
+      dtype: of the computation, such as ``jnp.bfloat16``; ``None`` for that of the inputs. Logits come back in float32.
+    """
+
+    num_classes: int
+    stages: Sequence[Sequence[int]]
+    dense: Sequence[int] = ()
+    input_mean: Sequence[float] = (0.0,)
+    input_std: Sequence[float] = (1.0,)
+    use_bias: bool = False
+    batch_norm: bool = False
+    pooling: str = "average"
+    global_pool: bool = True
+    padding: str = "SAME"
+    initializer: str = "he"
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, inputs: Array, *, train: bool = False) -> Array:
+        """Returns logits.
+
+        Args:
+          inputs: float images ``[B, H, W, C]`` in [0, 1].
+          train: whether BatchNorm uses and updates batch statistics.
+
+        Returns:
+          float32 ``[B, num_classes]``.
+        """
+        _validate.one_of(("average", "max"), pooling=self.pooling)
+        _validate.one_of(INITIALIZERS, initializer=self.initializer)
+        pool = nn.avg_pool if self.pooling == "average" else nn.max_pool
+        options = {
+            "use_bias": self.use_bias,
+            "batch_norm": self.batch_norm,
+            "initializer": self.initializer,
+            "dtype": self.dtype,
+        }
+        hidden = layers.Normalize(self.input_mean, self.input_std, name="normalize")(inputs)
+        index = 0
+        for stage, widths in enumerate(self.stages):
+            for features in widths:
+                hidden = Block(features, padding=self.padding, name=f"block_{index}", **options)(hidden, train=train)
+                index += 1
+            if self.global_pool and stage == len(self.stages) - 1:
+                hidden = hidden.mean(axis=(1, 2))
+            else:
+                hidden = pool(hidden, (2, 2), (2, 2))
+        hidden = hidden.reshape(hidden.shape[0], -1)
+        for index, features in enumerate(self.dense):
+            hidden = Block(features, kernel_size=(), name=f"dense_{index}", **options)(hidden, train=train)
+        head = nn.Dense(self.num_classes, use_bias=self.use_bias, kernel_init=_HEAD_INITIALIZER, dtype=self.dtype, name="head")
+        return head(hidden).astype("float32" if self.dtype is not None else hidden.dtype)

@@ -1,0 +1,161 @@
+"""Layers that the models share."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gfa_jax.types import Array
+
+_NHWC = ("NHWC", "HWIO", "NHWC")
+# What nn.Conv passes for channels-last images.
+_FLAX_NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+
+
+class Normalize(nn.Module):
+    """Maps images in [0, 1] to normalised units, ``(inputs - mean) / std``, inside the model: attacks see raw images.
+
+    Its output is the first feature: what follows is homogeneous in it, not in the raw image.
+
+    Attributes:
+      mean: per channel, or one value for all.
+      std: per channel, or one value for all; > 0.
+    """
+
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    @nn.compact
+    def __call__(self, inputs: Array) -> Array:
+        """``[B, H, W, C] -> [B, H, W, C]`` in the inputs' dtype."""
+        mean, std = (jnp.asarray(value, inputs.dtype).reshape(1, 1, 1, -1) for value in (self.mean, self.std))
+        return (inputs - mean) / std
+
+
+def conv_general_dilated(
+    lhs: Array,
+    rhs: Array,
+    window_strides: Sequence[int],
+    padding: Any,
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    precision: Any = None,
+    **kwargs: Any,
+) -> Array:
+    """``lax.conv_general_dilated`` for ``nn.Conv(conv_general_dilated=...)``, with derivatives that are fast on CPU.
+
+    XLA:CPU runs the transposed convolutions of a backward pass naively inside a while loop (jax issue 12868), and weight gradients, which
+    it sees as convolutions with image-sized kernels, naively everywhere. On CPU this writes the input gradient of a plain stride-1
+    convolution as an ordinary convolution with the flipped kernel, and the weight gradient as one matrix product for each kernel offset.
+    Values and derivatives of every order are those of ``lax`` up to rounding; forward-mode differentiation is not available there.
+    Other backends and other convolutions go straight to ``lax``.
+    """
+    plain = (
+        all(stride == 1 for stride in window_strides)
+        and all(dilation == 1 for dilation in (*(lhs_dilation or ()), *(rhs_dilation or ())))
+        and feature_group_count == 1
+        and not kwargs
+        and lhs.ndim == 4
+        and dimension_numbers == _FLAX_NHWC
+    )
+    if plain and jax.default_backend() == "cpu":
+        return _convolve(_explicit_padding(padding, lhs.shape[1:3], rhs.shape[:2]), precision, lhs, rhs)
+    return lax.conv_general_dilated(
+        lhs,
+        rhs,
+        window_strides,
+        padding,
+        lhs_dilation,
+        rhs_dilation,
+        dimension_numbers,
+        feature_group_count,
+        precision=precision,
+        **kwargs,
+    )
+
+
+Pads = tuple[tuple[int, int], tuple[int, int]]
+
+# From this many output positions on, a product for each offset beats XLA:CPU's own weight gradient.
+_MIN_POSITIONS_FOR_PRODUCTS = 128
+
+
+def _explicit_padding(padding: Any, spatial: Sequence[int], kernel: Sequence[int]) -> Pads:
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(spatial, kernel, (1, 1), padding)
+    (top, bottom), (left, right) = padding
+    return (int(top), int(bottom)), (int(left), int(right))
+
+
+def _transposed_pads(pads: Pads, kernel: Sequence[int]) -> Pads:
+    (top, bottom), (left, right) = pads
+    height, width = kernel[0] - 1, kernel[1] - 1
+    return (height - top, height - bottom), (width - left, width - right)
+
+
+def _flip(kernel: Array) -> Array:
+    return kernel[::-1, ::-1].swapaxes(2, 3)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _convolve(pads: Pads, precision: Any, inputs: Array, kernel: Array) -> Array:
+    return lax.conv_general_dilated(inputs, kernel, (1, 1), pads, dimension_numbers=_NHWC, precision=precision)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _correlate(pads: Pads, precision: Any, inputs: Array, cotangent: Array) -> Array:
+    """The weight gradient: ``k[i, j, c, d] = sum over examples and positions p of padded_inputs[p + (i, j), c] cotangent[p, d]``."""
+    height, width, channels = cotangent.shape[1:]
+    if height * width < _MIN_POSITIONS_FOR_PRODUCTS:
+        transposed = lax.conv_general_dilated(
+            inputs.transpose(3, 1, 2, 0),
+            cotangent.transpose(1, 2, 0, 3),
+            (1, 1),
+            pads,
+            dimension_numbers=_NHWC,
+            precision=precision,
+        )
+        return transposed.transpose(1, 2, 0, 3)
+    zero = jnp.zeros((), inputs.dtype)
+    padded = lax.pad(inputs, zero, [(0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)])
+    right = cotangent.reshape(-1, channels)
+
+    def product(row: int, column: int) -> Array:
+        left = padded[:, row : row + height, column : column + width].reshape(-1, inputs.shape[3])
+        return jnp.matmul(left.T, right, precision=precision)
+
+    rows, columns = padded.shape[1] - height + 1, padded.shape[2] - width + 1
+    return jnp.stack([jnp.stack([product(row, column) for column in range(columns)]) for row in range(rows)])
+
+
+# Convolution and correlation are bilinear and each other's derivatives, so these two rules give every order of reverse mode.
+
+
+def _convolve_fwd(pads: Pads, precision: Any, inputs: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _convolve(pads, precision, inputs, kernel), (inputs, kernel)
+
+
+def _convolve_bwd(pads: Pads, precision: Any, residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    inputs, kernel = residuals
+    inputs_grad = _convolve(_transposed_pads(pads, kernel.shape), precision, cotangent, _flip(kernel))
+    return inputs_grad, _correlate(pads, precision, inputs, cotangent)
+
+
+def _correlate_fwd(pads: Pads, precision: Any, inputs: Array, cotangent: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _correlate(pads, precision, inputs, cotangent), (inputs, cotangent)
+
+
+def _correlate_bwd(pads: Pads, precision: Any, residuals: tuple[Array, Array], kernel: Array) -> tuple[Array, Array]:
+    inputs, cotangent = residuals
+    inputs_grad = _convolve(_transposed_pads(pads, kernel.shape), precision, cotangent, _flip(kernel))
+    return inputs_grad, _convolve(pads, precision, inputs, kernel)
+
+
+_convolve.defvjp(_convolve_fwd, _convolve_bwd)
+_correlate.defvjp(_correlate_fwd, _correlate_bwd)

@@ -1,0 +1,1 @@
+"""Training: state, the compiled step, optimisers, checkpoints, and the loop."""

@@ -1,0 +1,276 @@
+"""The training loop: from a config and a folder to a trained model, stoppable and resumable at any moment."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+import platform
+import signal
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from gfa_jax import attacks, data, files
+from gfa_jax import config as config_lib
+from gfa_jax.config import TrainConfig
+from gfa_jax.training import checkpoint, guards, recipe, state, step
+from gfa_jax.training.metrics import MetricsWriter
+from gfa_jax.training.progress import Progress, format_seconds
+from gfa_jax.types import Array
+
+_EVAL_KEY = 1
+
+
+class WorkdirMismatchError(ValueError):
+    """The folder belongs to a run of another config."""
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions and devices that a result depends on."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in packages},
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})",
+    }
+
+
+def claim_workdir(workdir: pathlib.Path, config: TrainConfig) -> None:
+    """Writes ``config.json``, or checks that the folder's own is the same.
+
+    Raises:
+      WorkdirMismatchError: listing the fields that differ. Nothing is written.
+    """
+    path = workdir / "config.json"
+    values = config_lib.to_dict(config)
+    if path.exists():
+        before = json.loads(path.read_text())["config"]
+        if changed := config_lib.differences(before, values):
+            raise WorkdirMismatchError(
+                f"workdir {str(workdir)!r} holds a run of another config:\n  " + "\n  ".join(changed) + "\nUse another workdir."
+            )
+        return
+    files.write_json(path, {"config": values, "versions": versions()})
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[list[str]]:
+    """Collects SIGTERM and SIGINT instead of dying, so that the loop can save first. A second SIGINT interrupts at once."""
+    requests: list[str] = []
+
+    def request(number: int, frame: Any) -> None:
+        if requests and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        requests.append(signal.Signals(number).name)
+
+    try:
+        previous = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # Not the main thread: signals are somebody else's.
+        yield requests
+        return
+    try:
+        yield requests
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _to_floats(metrics: Mapping[str, Array]) -> dict[str, float]:
+    return {name: float(value) for name, value in jax.device_get(metrics).items()}
+
+
+@dataclasses.dataclass
+class _Run:
+    """The parts of a run that its helpers share."""
+
+    config: TrainConfig
+    recipe: recipe.Recipe
+    mesh: jax.sharding.Mesh
+    train_set: data.Dataset
+    validation_set: data.Dataset | None
+
+    def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
+        """Places this process's share of a batch on its devices."""
+        sharding = step.split(self.mesh)
+        return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+
+    def train_batch(self, index: int) -> dict[str, Array]:
+        batch = data.train_batch(
+            self.train_set,
+            self.config.batch_size,
+            seed=self.config.seed,
+            step=index,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        return self.put({"inputs": batch["inputs"], "labels": batch["labels"]})
+
+    @property
+    def best_metric(self) -> str:
+        if self.validation_set is None:
+            return ""
+        return "eval/robust_accuracy" if self.config.loop.eval_attack_steps else "eval/clean_accuracy"
+
+
+def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path, *, stop_after: int | None = None) -> dict[str, float]:
+    """Trains a model; run again after any kind of stop, it goes on from the latest checkpoint.
+
+    On one device, a resumed run gives bit-identical results to an uninterrupted one. Writes ``config.json``, ``metrics.jsonl`` and
+    ``checkpoints/`` under ``workdir``. SIGTERM and Ctrl-C save a checkpoint and return.
+
+    Args:
+      config: the recipe.
+      workdir: folder of the run.
+      stop_after: stop, saved, once this many steps are done (schedules still span the whole training).
+
+    Returns:
+      The last validation metrics (``eval/...``), or the last training metrics without a validation split.
+
+    Raises:
+      ValueError: for a bad config, data that does not fit, or a folder of another config, before anything is compiled or written.
+      guards.TrainingFailedError: for a loss that is not finite or a collapse; the last good checkpoint stays.
+    """
+    workdir = pathlib.Path(workdir)
+    config_lib.validate(config, num_devices=jax.device_count())
+    train_set, validation_set = _load_data(config)
+    built = recipe.build(config, num_classes=train_set.num_classes, image_shape=train_set.image_shape)
+    run = _Run(config, built, step.data_mesh(), train_set, validation_set)
+    claim_workdir(workdir, config)
+    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", metric=run.best_metric, keep_best=config.loop.keep_best)
+    try:
+        with jax.default_matmul_precision(config.precision), _stop_requests() as requests:
+            return _train(run, workdir, checkpoints, requests, stop_after or config.train_steps)
+    finally:
+        checkpoints.close()
+
+
+def _load_data(config: TrainConfig) -> tuple[data.Dataset, data.Dataset | None]:
+    options = {"data_dir": config.data.data_dir, "num_validation": config.data.num_validation}
+    train_set = data.load(config.data.name, "train", max_examples=config.data.max_train_examples, **options)
+    if not config.data.num_validation:
+        return train_set, None
+    return train_set, data.load(config.data.name, "validation", max_examples=config.loop.eval_examples, **options)
+
+
+def _train(
+    run: _Run, workdir: pathlib.Path, checkpoints: checkpoint.Checkpoints, requests: list[str], last_step: int
+) -> dict[str, float]:
+    config, built = run.config, run.recipe
+    everywhere = step.replicated(run.mesh)
+    init_key, train_key = (jax.device_put(np.asarray(k), everywhere) for k in _raw_keys(config.seed))
+    init_key, train_key = jax.random.wrap_key_data(init_key), jax.random.wrap_key_data(train_key)
+
+    def init(key: Array) -> state.TrainState:
+        return state.create(built.module, built.optimizer, key, built.image_shape)
+
+    shapes = jax.eval_shape(init, init_key)
+    template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes)
+    restored = checkpoints.restore_latest(template)
+    current, metadata = restored or (jax.jit(init, out_shardings=everywhere)(init_key), {"train_seconds": 0.0})
+    first_step = int(current.step)
+    seconds_before = float(metadata["train_seconds"])
+    writer = MetricsWriter(workdir / "metrics.jsonl", resume_step=first_step)
+    progress = Progress("train", config.train_steps, first_step)
+    progress.say(
+        f"{config.model.name}: {state.num_params(shapes.params):,} parameters, {len(run.train_set)} training examples, "
+        f"{versions()['devices']}" + (f"; resumed at step {first_step}" if restored else "")
+    )
+
+    def evaluate(current: state.TrainState) -> dict[str, float]:
+        if run.validation_set is None:
+            return {}
+        with progress.chrono.paused():
+            result = evaluator(current)
+        writer.write(int(current.step), result)
+        progress.say(f"step {int(current.step)}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
+        return result
+
+    def save(current: state.TrainState, metrics: Mapping[str, float]) -> None:
+        with progress.chrono.paused():
+            checkpoints.save(current, {"train_seconds": seconds_before + progress.chrono.seconds}, metrics)
+
+    evaluator = _make_evaluator(run)
+    guard = guards.CollapseGuard(run.train_set.num_classes)
+    result: dict[str, float] = {}
+    try:
+        if first_step < last_step:
+            with progress.chrono.paused():
+                train_step = step.make_train_step(
+                    built.module, built.objective_at, built.optimizer, layers=built.train_layers, augment=built.augment, mesh=run.mesh
+                )
+                train_step = train_step.lower(current, run.train_batch(first_step), train_key).compile()  # type: ignore[attr-defined]
+        pending: tuple[int, Mapping[str, Array]] | None = None
+
+        def settle() -> dict[str, float]:
+            """Reads the metrics of the step before, which has run while the host was busy; logs and judges them."""
+            if pending is None:
+                return {}
+            number, values = pending[0], _to_floats(pending[1])
+            guards.check_finite(number, values)
+            guard.check(number, values)
+            rate = config.batch_size * (number - first_step) / max(progress.chrono.seconds, 1e-9)
+            if number % config.loop.log_every == 0 or number == last_step:
+                named = {f"train/{name}": value for name, value in values.items()}
+                writer.write(number, {**named, "train/learning_rate": float(built.learning_rate(number - 1)), "examples_per_second": rate})
+            progress.update(number, f"{rate:.0f} examples/s  loss {values['loss']:.3f}  accuracy {values['accuracy']:.3f}")
+            return {f"train/{name}": value for name, value in values.items()}
+
+        for index in range(first_step, last_step):
+            current, metrics = train_step(current, run.train_batch(index), train_key)
+            settle()
+            number = index + 1
+            pending = number, metrics
+            stop = bool(requests)
+            at_end = number == last_step
+            at_eval = at_end or bool(config.loop.eval_every and number % config.loop.eval_every == 0)
+            at_save = stop or at_eval or bool(config.loop.checkpoint_every and number % config.loop.checkpoint_every == 0)
+            if at_save:
+                # A state is saved only after its own metrics were found finite.
+                result = settle()
+                pending = None
+                if at_eval:
+                    result = evaluate(current) or result
+                save(current, result)
+            if stop:
+                progress.say(f"{requests[0]}: saved step {number}; the same command resumes.")
+                return result
+        if not result:
+            result = evaluate(current)
+        progress.say(f"done: {config.train_steps} steps, {format_seconds(seconds_before + progress.chrono.seconds)} of training.")
+        return result
+    finally:
+        progress.close()
+        writer.close()
+
+
+def _raw_keys(seed: int) -> tuple[Array, Array]:
+    init_key, train_key = jax.random.split(jax.random.key(seed))
+    return jax.random.key_data(init_key), jax.random.key_data(train_key)
+
+
+def _make_evaluator(run: _Run) -> Any:
+    """Returns ``state -> validation metrics``; compiled at its first use."""
+    config, built = run.config, run.recipe
+    attack = None
+    if config.loop.eval_attack_steps:
+        attack = attacks.create("pgd-margin", built.threat, num_steps=config.loop.eval_attack_steps)
+    eval_step = step.make_eval_step(
+        built.module, layers=built.layers, layer_norms=built.layer_norms, attack=attack, to_float=data.to_float, mesh=run.mesh
+    )
+    key = jax.device_put(jax.random.fold_in(jax.random.key(config.seed), _EVAL_KEY), step.replicated(run.mesh))
+    # Every device gets the same number of examples; the padding is masked.
+    batch_size = -(-config.loop.eval_batch_size // jax.device_count()) * jax.device_count()
+
+    def evaluate(current: state.TrainState) -> dict[str, float]:
+        assert run.validation_set is not None
+        totals: dict[str, float] = {}
+        for batch in data.eval_batches(run.validation_set, batch_size):
+            sums = _to_floats(eval_step(current.params, current.model_state, run.put(batch), key))
+            totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
+        count = totals.pop("num_examples")
+        return {f"eval/{name}": value / count for name, value in totals.items()}
+
+    return evaluate
