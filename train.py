@@ -1,4 +1,6 @@
-"""Trains a classifier: ``python train.py --config configs/digits_gfa.py --workdir runs/digits_gfa``.
+"""Trains a classifier.
+
+    python train.py --config configs/digits_gfa.py --workdir runs/digits_gfa
 
 This file is intentionally short: the loop is ``gfa_jax.training.loop``.
 """
@@ -15,7 +17,11 @@ def main() -> None:
     if flags.compile_cache:
         jax.config.update("jax_compilation_cache_dir", flags.compile_cache)
     try:
-        cli.run_or_fail(lambda: loop.train_and_evaluate(flags.config, flags.workdir, stop_after=flags.stop_after))
+        cli.run_or_fail(
+            lambda: loop.train_and_evaluate(
+                flags.config, flags.workdir, stop_after=flags.stop_after
+            )
+        )
     except guards.TrainingFailedError as error:
         raise SystemExit(f"error: {error}") from error
 

@@ -1,4 +1,7 @@
-"""Checks of arguments that name the argument, its value and what would be valid. Traced values pass: only Python values are checked."""
+"""Checks of arguments; the messages name the argument, its value and what would be valid.
+
+``non_negative`` and ``positive`` let traced values pass: they check Python numbers only.
+"""
 
 import difflib
 import math
@@ -17,7 +20,9 @@ def one_of(valid: Iterable[str], **arguments: Any) -> None:
     names = sorted(valid)
     for argument, value in arguments.items():
         if value not in names:
-            raise ValueError(f"{argument}={value!r} is not one of {names}.{suggestion(str(value), names)}")
+            raise ValueError(
+                f"{argument}={value!r} is not one of {names}.{suggestion(str(value), names)}"
+            )
 
 
 def _is_number(value: Any) -> bool:
@@ -50,4 +55,6 @@ def known_options(owner: str, options: Mapping[str, Any], valid: Iterable[str]) 
     names = sorted(valid)
     for option in options:
         if option not in names:
-            raise ValueError(f"{owner} takes no option {option!r}; it takes {names}.{suggestion(option, names)}")
+            raise ValueError(
+                f"{owner} takes no option {option!r}; it takes {names}.{suggestion(option, names)}"
+            )

@@ -1,18 +1,20 @@
 """The contribution: alignment of gradients with features, on arrays alone.
 
-For a feature ``h_l`` of an example and the gradient ``g_l`` of a loss-like target with respect to it,
+For a feature ``h_l`` of an example and the gradient ``g_l`` of a loss-like target at that feature,
 
     alignment  a_l = -<g_l, h_l> / (|g_l|_q |h_l|_p),    1/p + 1/q = 1
 
-is the share of the target's first-order decrease that lies along the feature itself, the *radial* direction. The rest is *tangential*,
-where adversarial perturbations act. The sign makes 1 the goal: moving out along the feature lowers the target as fast as any move can.
-In a network without biases or additive normalisation, Euler's theorem gives ``<h, -g> = margin`` for the margin target, so that the
-locally linear l_p radius is ``margin / |g|_q = |h|_p a`` (the radius identity).
+is the share of the target's first-order decrease that lies along the feature itself, the *radial*
+direction. The rest is *tangential*, where adversarial perturbations act. The sign makes 1 the goal:
+moving out along the feature lowers the target as fast as any move can. In a network without biases
+or additive normalisation, Euler's theorem gives ``<h, -g> = margin`` for the margin target, so that
+the locally linear l_p radius is ``margin / |g|_q = |h|_p a`` (the radius identity).
 
-All arrays are ``[B, ...]`` and each example is one vector; results are float32 ``[B]`` or wider. Exact zeros (dead units, saturated
-losses) give an alignment of 0 with zero derivative, never NaN.
+All arrays are ``[B, ...]`` and each example is one vector; results are float32 ``[B]`` or wider.
+Exact zeros (dead units, saturated losses) give an alignment of 0 with zero derivative, never NaN.
 
-Source: "DeepDefense", arXiv 2511.13749, whose abstract fixes the idea; the formula and its options are this project's (docs/method.md).
+Source: "DeepDefense", arXiv 2511.13749, whose abstract fixes the idea; the formula and its options
+are this project's (docs/method.md).
 """
 
 import chex
@@ -38,10 +40,12 @@ def alignment(features: Array, grads: Array, norm: str = "l2") -> Array:
     Args:
       features: ``[B, ...]``.
       grads: gradients of the *summed* target with respect to the features, the same shape.
-      norm: the norm ``p`` of the features; the gradients are measured in its dual. At the input, the norm of the threat model.
+      norm: the norm ``p`` of the features; the gradients are measured in its dual. At the input,
+        the norm of the threat model.
 
     Returns:
-      ``[B]``; 1 where ``-grads`` is a positive multiple of the feature (for l_2) and 0 where either vector is zero.
+      ``[B]``; 1 where ``-grads`` is a positive multiple of the feature (for l_2) and 0 where either
+      vector is zero.
 
     Raises:
       ValueError: for an unknown norm.
@@ -56,12 +60,17 @@ def alignment(features: Array, grads: Array, norm: str = "l2") -> Array:
 
 
 def penalty(features: Array, grads: Array, *, form: str = "log", norm: str = "l2") -> Array:
-    """Returns the penalty ``[B]`` that training minimises; with ``a`` the alignment:
+    """Returns the penalty ``[B]`` that training minimises.
+
+    The forms, with ``a`` the alignment:
 
     * ``linear``: ``1 - a``.
-    * ``log``: ``-log(softplus(20 a) / 20)``, close to ``-log a`` for positive ``a``; its slope grows where alignment is small.
-    * ``squared``: ``1 - a^2`` and ``absolute``: ``1 - |a|``. Unsigned: they also reward confident errors.
-    * ``tangential``: ``|g_t|_2 |h|_2``, the tangential part of the gradient without normalisation by ``|g|``; l_2 only.
+    * ``log``: ``-log(softplus(20 a) / 20)``, close to ``-log a`` for positive ``a``; its slope
+      grows where alignment is small.
+    * ``squared``: ``1 - a^2`` and ``absolute``: ``1 - |a|``. Unsigned: they also reward confident
+      errors.
+    * ``tangential``: ``|g_t|_2 |h|_2``, the tangential part of the gradient without normalisation
+      by ``|g|``; l_2 only.
 
     Args:
       features: ``[B, ...]``.
@@ -75,7 +84,9 @@ def penalty(features: Array, grads: Array, *, form: str = "log", norm: str = "l2
     _validate.one_of(FORMS, form=form)
     if form == "tangential":
         if norm != "l2":
-            raise ValueError(f"norm={norm!r}: the form 'tangential' is defined for the norm 'l2' alone.")
+            raise ValueError(
+                f"norm={norm!r}: the form 'tangential' is defined for the norm 'l2' alone."
+            )
         features, grads = _wide(features), _wide(grads)
         tangential = radial_tangential(grads, features)[1]
         return norms.vector_norm(tangential, "l2") * norms.vector_norm(features, "l2")
@@ -88,7 +99,9 @@ def penalty(features: Array, grads: Array, *, form: str = "log", norm: str = "l2
 
 
 def radial_tangential(vectors: Array, reference: Array) -> tuple[Array, Array]:
-    """Splits vectors into the part along a reference and the part orthogonal to it: ``v_r = (<v, h> / |h|^2) h``, ``v_t = v - v_r``.
+    """Splits vectors into the part along a reference and the part orthogonal to it.
+
+    ``v_r = (<v, h> / |h|^2) h`` and ``v_t = v - v_r``.
 
     Args:
       vectors: ``[B, ...]``: gradients, perturbations, or measured moves.
@@ -110,19 +123,23 @@ def tangential_share(vectors: Array, reference: Array) -> Array:
     vectors, _ = norms.rescale(_wide(vectors))
     tangential = radial_tangential(vectors, _wide(reference))[1]
     total = norms.dot(vectors, vectors)
-    return jnp.where(total > 0, norms.dot(tangential, tangential) / jnp.where(total > 0, total, 1), 0)
+    return jnp.where(
+        total > 0, norms.dot(tangential, tangential) / jnp.where(total > 0, total, 1), 0
+    )
 
 
 def radial_degree(features: Array, logit_grads: Array, logits: Array) -> Array:
-    """Returns ``<h, grad_h z_y> / z_y`` ``[B]``, the degree to which the logit is homogeneous in the feature.
+    """Returns the degree ``[B]`` to which a logit is homogeneous in the feature.
 
-    1: scaling the feature scales the logit (no biases, no normalisation after it), so alignment can be high. 0: the logit does not change
-    with the feature's length (a normalisation layer follows), and alignment is impossible by construction.
+    It is ``<h, grad_h z> / z``. At 1, scaling the feature scales the logit (no biases, no
+    normalisation after it), so alignment can be high. At 0, the logit does not change with the
+    feature's length (a normalisation layer follows), and alignment is impossible by construction.
 
     Args:
       features: ``[B, ...]``.
       logit_grads: the gradient of ``sum(logits)`` with respect to the features, the same shape.
-      logits: one logit for each example, ``[B]``; where it is exactly 0 the result is NaN, to be left out of averages.
+      logits: one logit for each example, ``[B]``; where it is exactly 0 the result is NaN, to be
+        left out of averages.
     """
     chex.assert_equal_shape([features, logit_grads])
     radial = norms.dot(_wide(features), _wide(logit_grads))

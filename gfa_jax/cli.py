@@ -1,7 +1,8 @@
 """Command lines: flags as dataclass fields, in the convention that JAX users know.
 
-``--config FILE`` names a recipe, ``--config.a.b=value`` overrides one of its fields, and the other flags are the fields of a dataclass. Fractions
-(``8/255``) are numbers. An unknown flag ends the program with a suggestion, before anything runs.
+``--config FILE`` names a recipe, ``--config.a.b=value`` overrides one of its fields, and the other
+flags are the fields of a dataclass. Fractions (``8/255``) are numbers. An unknown flag ends the
+program with a suggestion, before anything runs.
 """
 
 import argparse
@@ -9,13 +10,14 @@ import dataclasses
 import fractions
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 
 from gfa_jax import config as config_lib
 
 Flags = TypeVar("Flags")
+Value = TypeVar("Value")
 
 
 def _parse_number(text: str) -> float:
@@ -26,7 +28,9 @@ _REGISTRY = tyro.constructors.ConstructorRegistry()
 
 
 @_REGISTRY.primitive_rule
-def _number_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[float] | None:
+def _number_rule(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[float] | None:
     """Lets floats be given as fractions."""
     if info.type is not float:
         return None
@@ -39,7 +43,13 @@ def _number_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors
     )
 
 
-def parse(flags: type[Flags], argv: Sequence[str] | None = None, *, description: str, default: Flags | None = None) -> Flags:
+def parse(
+    flags: type[Flags],
+    argv: Sequence[str] | None = None,
+    *,
+    description: str,
+    default: Flags | None = None,
+) -> Flags:
     """Parses the command line into a dataclass.
 
     Args:
@@ -56,7 +66,7 @@ def parse(flags: type[Flags], argv: Sequence[str] | None = None, *, description:
             flags,
             args=sys.argv[1:] if argv is None else list(argv),
             description=description,
-            default=default,
+            default=tyro.MISSING_NONPROP if default is None else default,
             config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
         )
 
@@ -88,12 +98,24 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainFlags:
     wants_help = any(flag in rest for flag in ("-h", "--help"))
     if known.config is None and not wants_help:
         fail("--config FILE is required, such as --config configs/digits_gfa.py.")
-    config = run_or_fail(lambda: config_lib.load_file(known.config)) if known.config else config_lib.TrainConfig()
-    description = "Trains a classifier. --config FILE names the recipe (see configs/); its fields can be overridden here."
+    config = (
+        run_or_fail(lambda: config_lib.load_file(known.config))
+        if known.config
+        else config_lib.TrainConfig()
+    )
+    description = (
+        "Trains a classifier. --config FILE names the recipe (see configs/); its fields can be "
+        "overridden here."
+    )
     # The workdir has no default: tyro asks for it.
     flags: Any = dataclasses.make_dataclass(
         "train",
-        [("workdir", str), ("config", config_lib.TrainConfig, config), ("stop_after", int | None, None), ("compile_cache", str | None, None)],
+        [
+            ("workdir", str),
+            ("config", config_lib.TrainConfig, config),
+            ("stop_after", int | None, None),
+            ("compile_cache", str | None, None),
+        ],
         frozen=True,
         namespace={"__doc__": TrainFlags.__doc__},
     )
@@ -101,15 +123,15 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainFlags:
     return TrainFlags(parsed.workdir, parsed.config, parsed.stop_after, parsed.compile_cache)
 
 
-def fail(message: str) -> Any:
+def fail(message: str) -> NoReturn:
     """Ends the program with code 2 and a message on standard error."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def run_or_fail(function: Callable[[], Any]) -> Any:
-    """Calls a function; the errors that a user can mend end the program with their message alone."""
+def run_or_fail(function: Callable[[], Value]) -> Value:
+    """Calls a function; errors that a user can mend end the program with their message alone."""
     try:
         return function()
     except (ValueError, FileNotFoundError, PermissionError, ImportError) as error:
-        return fail(str(error))
+        fail(str(error))

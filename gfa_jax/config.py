@@ -1,8 +1,8 @@
 """The schema of training recipes: primitives only, checked before anything is compiled or written.
 
-A file in ``configs/`` returns a ``TrainConfig`` from ``get_config()``; the command line overrides single fields
-(``--config.optimizer.learning_rate=0.1``). Only the training loop, the evaluation, the benchmark and the two scripts see these classes; everything
-below takes plain keyword arguments.
+A file in ``configs/`` returns a ``TrainConfig`` from ``get_config()``; the command line overrides
+single fields (``--config.optimizer.learning_rate=0.1``). Only the training loop, the evaluation,
+the benchmark and the two scripts see these classes; everything below takes plain keyword arguments.
 """
 
 import dataclasses
@@ -32,7 +32,8 @@ class DataConfig:
     data_dir: str | None = None
     """Of tfds: where prepared data sets lie; its own default otherwise."""
     num_validation: int = 300
-    """Examples held out of the training split, for tuning and checkpoint choice; test images serve neither."""
+    """Examples held out of the training split, for tuning and checkpoint choice; test images serve
+    neither."""
     max_train_examples: int | None = None
     """Train on the first so many only."""
     crop_padding: int = 0
@@ -54,14 +55,17 @@ class ModelConfig:
     initializer: str = "he"
     """``he`` or ``orthogonal``."""
     input_mean: tuple[float, ...] = (0.0,)
-    """Of the normalisation inside the model: one value, or one for each channel."""
+    """Mean of the normalisation inside the model: one value, or one for each channel."""
     input_std: tuple[float, ...] = (1.0,)
-    """The same for the standard deviation."""
+    """Its standard deviation, in the same way."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ThreatConfig:
-    """What the model should resist: training attacks, alignment at the input, and evaluation use it."""
+    """What the model should resist.
+
+    Training attacks, alignment at the input, and evaluation use it.
+    """
 
     norm: str = "linf"
     """``linf``, ``l2`` or ``l1``."""
@@ -108,7 +112,8 @@ class AttackConfig:
     random_start: bool = True
     """Start at a random point of the ball."""
     warmup_fraction: float = 0.0
-    """Share of training over which epsilon rises linearly from 0. Bias-free networks need a gentle start."""
+    """Share of training over which epsilon rises linearly from 0. Bias-free networks need a gentle
+    start."""
     train_mode: bool = False
     """Whether the attack sees BatchNorm in training mode."""
 
@@ -122,7 +127,8 @@ class OptimizerConfig:
     learning_rate: float = 2e-3
     """Peak."""
     schedule: str = "onecycle"
-    """``constant``, ``cosine``, ``onecycle`` (linear up over warmup_fraction, cosine down) or ``step`` (x0.1 at 1/2 and 3/4)."""
+    """``constant``, ``cosine``, ``onecycle`` (linear up over warmup_fraction, cosine down) or
+    ``step`` (x0.1 at 1/2 and 3/4)."""
     warmup_fraction: float = 0.25
     """Of onecycle, and of the linear warm-up of the others (0 for none)."""
     momentum: float = 0.9
@@ -142,7 +148,8 @@ class LoopConfig:
     eval_every: int = 0
     """Steps between evaluations on the validation split; 0 for the end only."""
     eval_attack_steps: int = 10
-    """Steps of the PGD (margin loss, the threat model) whose accuracy chooses the best checkpoint; 0 for clean accuracy."""
+    """Steps of the PGD (margin loss, the threat model) whose accuracy chooses the best checkpoint;
+    0 for clean accuracy."""
     eval_examples: int = 1000
     """At most so many validation examples."""
     eval_batch_size: int = 250
@@ -164,7 +171,8 @@ class TrainConfig:
     train_steps: int = 1000
     """Optimiser steps."""
     precision: str = "default"
-    """Of float32 products on accelerators (``jax_default_matmul_precision``): ``default``, ``high`` or ``highest``. No effect on CPU."""
+    """Of float32 products on accelerators (``jax_default_matmul_precision``): ``default``, ``high``
+    or ``highest``. No effect on CPU."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     threat: ThreatConfig = ThreatConfig()
@@ -191,7 +199,9 @@ def validate(config: TrainConfig, *, num_devices: int = 1) -> None:
         }
     )
     if config.batch_size % num_devices:
-        raise ValueError(f"config.batch_size={config.batch_size} must be divisible by the {num_devices} devices.")
+        raise ValueError(
+            f"config.batch_size={config.batch_size} must be divisible by the {num_devices} devices."
+        )
     _validate.one_of(PRECISIONS, **{"config.precision": config.precision})
     _validate.one_of(MODELS, **{"config.model.name": config.model.name})
     _validate.one_of(INITIALIZERS, **{"config.model.initializer": config.model.initializer})
@@ -199,7 +209,9 @@ def validate(config: TrainConfig, *, num_devices: int = 1) -> None:
     _validate.one_of(objectives.TARGETS, **{"config.gfa.target": config.gfa.target})
     _validate.one_of(alignment.FORMS, **{"config.gfa.form": config.gfa.form})
     _validate.one_of(("threat", *norms.DUALS), **{"config.gfa.input_norm": config.gfa.input_norm})
-    _validate.one_of(objectives.SECOND_ORDER, **{"config.gfa.second_order": config.gfa.second_order})
+    _validate.one_of(
+        objectives.SECOND_ORDER, **{"config.gfa.second_order": config.gfa.second_order}
+    )
     _validate.one_of(ATTACKS, **{"config.attack.name": config.attack.name})
     _validate.one_of(OPTIMIZERS, **{"config.optimizer.name": config.optimizer.name})
     _validate.one_of(SCHEDULES, **{"config.optimizer.schedule": config.optimizer.schedule})
@@ -207,7 +219,11 @@ def validate(config: TrainConfig, *, num_devices: int = 1) -> None:
         **{
             "config.model.width": config.model.width,
             "config.optimizer.learning_rate": config.optimizer.learning_rate,
-            **({} if config.attack.step_size is None else {"config.attack.step_size": config.attack.step_size}),
+            **(
+                {}
+                if config.attack.step_size is None
+                else {"config.attack.step_size": config.attack.step_size}
+            ),
         }
     )
     _validate.non_negative(
@@ -254,7 +270,10 @@ def _from_dict(cls: Any, values: Mapping[str, Any], path: str) -> Any:
     arguments = {}
     for name, value in values.items():
         if name not in fields:
-            raise ValueError(f"unknown field {path}.{name}.{_validate.suggestion(name, fields)} Fields are {sorted(fields)}.")
+            raise ValueError(
+                f"unknown field {path}.{name}.{_validate.suggestion(name, fields)} "
+                f"Fields are {sorted(fields)}."
+            )
         kind = fields[name].type
         if dataclasses.is_dataclass(kind):
             value = _from_dict(kind, value, f"{path}.{name}")
@@ -283,9 +302,15 @@ def load_file(path: str) -> TrainConfig:
     """
     file = pathlib.Path(path)
     if not file.is_file():
-        candidates = [str(other) for other in file.parent.glob("*.py")] if file.parent.is_dir() else []
+        candidates = (
+            [str(other) for other in file.parent.glob("*.py")] if file.parent.is_dir() else []
+        )
         close = difflib.get_close_matches(str(file), candidates, n=3)
-        known = f" Close: {', '.join(close)}." if close else f" There: {', '.join(sorted(candidates)) or 'nothing'}."
+        known = (
+            f" Close: {', '.join(close)}."
+            if close
+            else f" There: {', '.join(sorted(candidates)) or 'nothing'}."
+        )
         raise FileNotFoundError(f"config file {path!r} does not exist.{known}")
     spec = importlib.util.spec_from_file_location(f"gfa_jax_config_{file.stem}", file)
     if spec is None or spec.loader is None:
@@ -296,6 +321,8 @@ def load_file(path: str) -> TrainConfig:
         raise ValueError(f"config file {path!r} has no get_config().")
     config = module.get_config()
     if not isinstance(config, TrainConfig):
-        raise ValueError(f"get_config() of {path!r} returns {type(config).__name__}, not gfa_jax.config.TrainConfig.")
+        raise ValueError(
+            f"get_config() of {path!r} returns {type(config).__name__}, "
+            "not gfa_jax.config.TrainConfig."
+        )
     return config
-

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def write_bytes(path: pathlib.Path, content: bytes) -> None:
-    """Replaces a file atomically: after a crash there is the old content or the new, never a part."""
+    """Replaces a file atomically: after a crash there is the old content or the new, not a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -27,5 +27,9 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes indented JSON atomically; NaN and infinities are refused (ValueError), since they are not JSON."""
+    """Writes indented JSON atomically.
+
+    Raises:
+      ValueError: for NaN and infinities, which are not JSON.
+    """
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())

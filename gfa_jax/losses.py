@@ -1,7 +1,9 @@
 """Per-example classification losses without reduction.
 
-Every loss takes ``logits [B, C]`` and ``labels [B]`` (int, in [0, C)) and returns float ``[B]``. A larger value is worse for the
-classifier: attacks maximise these functions and training minimises them. Logits are read in float32 or wider.
+Every loss takes ``logits [B, C]`` and ``labels [B]`` (int, in [0, C)) and returns float ``[B]``. A
+larger value is worse for the
+classifier: attacks maximise these functions and training minimises them. Logits are read in float32
+  or wider.
 """
 
 from collections.abc import Callable
@@ -29,21 +31,26 @@ def _wide(logits: Array) -> Array:
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
-    """Returns ``-log softmax(logits)_y``. Its gradient vanishes in float32 once the margin passes about 100."""
+    """Returns ``-log softmax(logits)_y``. Its gradient vanishes in float32 once the margin passes
+    about 100.
+    """
     return optax.losses.softmax_cross_entropy_with_integer_labels(_wide(logits), labels)
 
 
 def log_odds(logits: Array, labels: Array) -> Array:
     """Returns ``logsumexp_{k != y} z_k - z_y``, the logit of being wrong.
 
-    Its gradient has the direction of the cross-entropy's (``grad CE = (1 - p_y) grad log_odds``) but does not vanish as ``p_y -> 1``.
+    Its gradient has the direction of the cross-entropy's (``grad CE = (1 - p_y) grad log_odds``)
+    but does not vanish as ``p_y -> 1``.
     """
     logits = _wide(logits)
     return jax.nn.logsumexp(_without(logits, labels), axis=1) - _at(logits, labels)
 
 
 def margin(logits: Array, labels: Array) -> Array:
-    """Returns ``max_{k != y} z_k - z_y``: positive exactly where the example is misclassified (0 is a tie)."""
+    """Returns ``max_{k != y} z_k - z_y``: positive exactly where the example is misclassified (0 is
+    a tie).
+    """
     logits = _wide(logits)
     return jnp.max(_without(logits, labels), axis=1) - _at(logits, labels)
 
@@ -55,10 +62,12 @@ def class_difference(logits: Array, labels: Array, others: Array) -> Array:
 
 
 def dlr(logits: Array, labels: Array) -> Array:
-    """Returns the difference-of-logits-ratio loss, invariant to shift and positive scale of the logits.
+    """Returns the difference-of-logits-ratio loss, invariant to shift and positive scale of the
+    logits.
 
-    ``(max_{k != y} z_k - z_y) / (z_(1) - z_(3) + 1e-12)`` (Croce & Hein 2020, arXiv 2003.01208, eq. 6). With two classes there is no
-    third logit and the ratio would be constant, so the margin is returned, as a fall-back of this library's own.
+    ``(max_{k != y} z_k - z_y) / (z_(1) - z_(3) + 1e-12)`` (Croce & Hein 2020, arXiv 2003.01208, eq.
+    6). With two classes there is no third logit and the ratio would be constant, so the margin is
+    returned, as a fall-back of this library's own.
     """
     logits = _wide(logits)
     if logits.shape[1] < 3:
@@ -68,9 +77,11 @@ def dlr(logits: Array, labels: Array) -> Array:
 
 
 def dlr_targeted(logits: Array, labels: Array, targets: Array) -> Array:
-    """Returns the targeted DLR loss ``-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12)`` (the same paper, eq. 7).
+    """Returns the targeted DLR loss ``-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12)`` (the
+    same paper, eq. 7).
 
-    With three classes the denominator is ``z_(1) - z_(3)``, with two it is 1: fall-backs of this library's own.
+    With three classes the denominator is ``z_(1) - z_(3)``, with two it is 1: fall-backs of this
+    library's own.
     """
     logits = _wide(logits)
     difference = class_difference(logits, labels, targets)
@@ -82,7 +93,9 @@ def dlr_targeted(logits: Array, labels: Array, targets: Array) -> Array:
 
 
 def kl(logits: Array, reference_logits: Array) -> Array:
-    """Returns ``KL(softmax(reference_logits) || softmax(logits))``, both ``[B, C]``: the inner and outer loss of TRADES."""
+    """Returns ``KL(softmax(reference_logits) || softmax(logits))``, both ``[B, C]``: the inner and
+    outer loss of TRADES.
+    """
     log_probs = jax.nn.log_softmax(_wide(logits))
     reference_log_probs = jax.nn.log_softmax(_wide(reference_logits))
     return optax.losses.kl_divergence_with_log_targets(log_probs, reference_log_probs)
@@ -104,7 +117,9 @@ def sample_other_classes(key: Array, labels: Array, num_classes: int) -> Array:
     """
     if num_classes < 2:
         raise ValueError(f"num_classes={num_classes} must be at least 2 to draw another class.")
-    return (labels + jax.random.randint(key, labels.shape, 1, num_classes, labels.dtype)) % num_classes
+    return (
+        labels + jax.random.randint(key, labels.shape, 1, num_classes, labels.dtype)
+    ) % num_classes
 
 
 LOSSES: dict[str, LossFn] = {

@@ -10,7 +10,8 @@ from gfa_jax import _validate
 from gfa_jax.types import Array
 
 DUALS = {"linf": "l1", "l2": "l2", "l1": "linf"}
-"""The dual of each norm: Hoelder's inequality ``|<u, v>| <= |u|_p |v|_q`` holds for ``p``, ``q = DUALS[p]``."""
+"""The dual of each norm: Hoelder's inequality ``|<u, v>| <= |u|_p |v|_q`` holds for ``p``, ``q =
+DUALS[p]``."""
 
 
 def dual(norm: str) -> str:
@@ -25,7 +26,9 @@ def flatten(vectors: Array) -> Array:
 
 
 def expand(scalars: Array, vectors: Array) -> Array:
-    """Returns ``scalars [B]`` with the trailing axes that let it broadcast against ``vectors [B, ...]``."""
+    """Returns ``scalars [B]`` with the trailing axes that let it broadcast against ``vectors [B,
+    ...]``.
+    """
     return scalars.reshape(scalars.shape + (1,) * (vectors.ndim - 1))
 
 
@@ -37,7 +40,8 @@ def dot(left: Array, right: Array) -> Array:
 def vector_norm(vectors: Array, norm: str) -> Array:
     """Returns the norm of each example.
 
-    The l_2 norm of a zero vector is 0 with derivative 0, where ``jnp.linalg.norm`` has a NaN derivative.
+    The derivative at a zero vector is 0, and in l_1 and l_inf that of a zero coordinate, where
+    ``jnp.linalg.norm`` gives NaN and ``jnp.abs`` 1.
 
     Args:
       vectors: ``[B, ...]``.
@@ -52,18 +56,20 @@ def vector_norm(vectors: Array, norm: str) -> Array:
     _validate.one_of(DUALS, norm=norm)
     flat = flatten(vectors)
     if norm == "linf":
-        return jnp.max(jnp.abs(flat), axis=1, initial=0)
+        return jnp.max(flat * jnp.sign(flat), axis=1, initial=0)
     if norm == "l1":
-        return jnp.sum(jnp.abs(flat), axis=1)
+        return jnp.sum(flat * jnp.sign(flat), axis=1)
     squared = jnp.sum(flat * flat, axis=1)
     positive = squared > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1)), 0)
 
 
 def rescale(vectors: Array) -> tuple[Array, Array]:
-    """Divides each example by its largest magnitude, so that sums of squares neither underflow nor overflow.
+    """Divides each example by its largest magnitude, so that sums of squares neither underflow nor
+    overflow.
 
-    The scale is held constant under differentiation. For functions of degree 0, such as a cosine, the value and all derivatives are unchanged.
+    The scale is held constant under differentiation. For functions of degree 0, such as a cosine,
+    the value and all derivatives are unchanged.
 
     Args:
       vectors: ``[B, ...]``.

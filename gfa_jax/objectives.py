@@ -1,11 +1,13 @@
 """Training objectives: pure functions ``(model, params, batch, key) -> (loss, aux)`` that compose.
 
     objective = gfa(weight=3.0, layer_norms={"normalize": "linf"})
-    objective = adversarial(attacks.pgd(threat, num_steps=7, keep="last"), objective)   # GFA on adversarial examples
+    attack = attacks.pgd(threat, num_steps=7, keep="last")
+    objective = adversarial(attack, objective)  # GFA on adversarial examples
     loss_fn = functools.partial(objective, model)
     (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
 
-Weights and radii may be traced scalars, so an objective can be built inside a compiled step from schedules of the step number.
+Weights and radii may be traced scalars, so an objective can be built inside a compiled step from
+schedules of the step number.
 """
 
 import functools
@@ -36,7 +38,8 @@ from gfa_jax.types import (
 SECOND_ORDER = ("exact", "finite_difference")
 SAMPLED_MARGIN = "sampled_margin"
 TARGETS = (*losses.LOSSES, SAMPLED_MARGIN)
-"""Names of alignment targets: the losses, and ``sampled_margin``, which draws another class for each example at every step."""
+"""Names of alignment targets: the losses, and ``sampled_margin``, which draws another class for
+each example at every step."""
 
 
 def _classification_metrics(logits: Array, labels: Array, loss: Array) -> Metrics:
@@ -71,37 +74,48 @@ def gfa(
 ) -> Objective:
     """Cross-entropy plus gradient-feature alignment at every tapped layer of the model.
 
-    ``loss = mean CE + weight * sum_l w_l mean_i penalty(h_l, g_l) / sum_l w_l`` with the gradients ``g_l`` of the summed target with respect
-    to the tapped features ``h_l`` (arXiv 2511.13749; see ``alignment``). Which layers are tapped is the model's matter
-    (``taps.linen_model(..., layers=...)``).
+    ``loss = mean CE + weight * sum_l w_l mean_i penalty(h_l, g_l) / sum_l w_l`` with the gradients
+    ``g_l`` of the summed target with respect to the tapped features ``h_l`` (arXiv 2511.13749; see
+    ``alignment``). Which layers are tapped is the model's matter: see
+    ``taps.linen_model(..., layers=...)``.
 
     Args:
       weight: lambda >= 0; may be traced. A Python 0 gives exactly ``cross_entropy()``.
-      layer_weights: ``{pattern: w_l}``, regular expressions that match a whole tap name; the first that matches counts, others weigh 1. A
-        weight of 0 leaves a tap out.
-      layer_norms: ``{pattern: norm}`` in the same way; others are ``l2``. At the input, use the norm of the threat model.
-      target: the differentiated target: ``sampled_margin`` (``z_k - z_y`` with ``k`` uniform over the other classes, drawn at every step), a
-        name from ``losses.LOSSES``, or a per-example function. ``cross_entropy`` is the paper's literal reading; its gradient vanishes on
+      layer_weights: ``{pattern: w_l}``, regular expressions that match a whole tap name; the first
+        that matches counts, others weigh 1. A weight of 0 leaves a tap out.
+      layer_norms: ``{pattern: norm}`` in the same way; others are ``l2``. At the input, use the
+        norm of the threat model.
+      target: the differentiated target: ``sampled_margin`` (``z_k - z_y`` with ``k`` uniform over
+        the other classes, drawn at every step), a name from ``losses.LOSSES``, or a per-example
+        function. ``cross_entropy`` is the paper's literal reading; its gradient vanishes on
         confident examples, which masks instead of defends (docs/method.md).
       form: the penalty, one of ``alignment.FORMS``.
-      second_order: how the penalty is differentiated with respect to the parameters. ``exact``: reverse over reverse, about twice the cost of
-        a plain step in FLOPs. ``finite_difference``: ordinary gradients only, with one more pass whose taps are displaced along the
-        penalty's gradient; for layers without a second derivative.
+      second_order: how the penalty is differentiated with respect to the parameters. ``exact``:
+        reverse over reverse, about twice the cost of a plain step in FLOPs. ``finite_difference``:
+        ordinary gradients only, with one more pass whose taps are displaced along the penalty's
+        gradient; for layers without a second derivative.
       displacement: of the finite difference, as a share of the feature's norm, in (0, 1).
 
     Returns:
-      The objective. Metrics: ``loss``, ``cross_entropy``, ``accuracy``, ``alignment_penalty``, ``alignment_weight``, ``alignment/<tap>``
-      (means of the alignment with the training target) and ``zero_gradients`` (the share of example-layer pairs whose gradient or feature is
-      exactly zero).
+      The objective. Metrics: ``loss``, ``cross_entropy``, ``accuracy``, ``alignment_penalty``,
+      ``alignment_weight``, ``alignment/<tap>`` (means of the alignment with the training target)
+      and ``zero_gradients`` (the share of example-layer pairs whose gradient or feature is exactly
+      zero).
 
     Raises:
-      ValueError: for unknown names or values out of range now; at the first trace, for a model without taps or a pattern that matches none.
+      ValueError: at once for unknown names or values out of range; at the first trace for a model
+        without taps or a pattern that matches none.
     """
-    _validate.non_negative(weight=weight, **{f"layer_weights[{k!r}]": v for k, v in (layer_weights or {}).items()})
+    _validate.non_negative(
+        weight=weight, **{f"layer_weights[{k!r}]": v for k, v in (layer_weights or {}).items()}
+    )
     for pattern, norm in (layer_norms or {}).items():
         _validate.one_of(norms.DUALS, **{f"layer_norms[{pattern!r}]": norm})
         if form == "tangential" and norm != "l2":
-            raise ValueError(f"layer_norms[{pattern!r}]={norm!r}: the form 'tangential' is defined for the norm 'l2' alone.")
+            raise ValueError(
+                f"layer_norms[{pattern!r}]={norm!r}: the form 'tangential' is defined for the norm "
+                "'l2' alone."
+            )
     if isinstance(target, str):
         _validate.one_of(TARGETS, target=target)
     _validate.one_of(alignment_lib.FORMS, form=form)
@@ -117,12 +131,16 @@ def gfa(
         layer_norm = _by_pattern(features, layer_norms, "l2", "layer_norms")
         names = [name for name in features if weights[name] > 0]
         if not names:
-            raise ValueError("every layer weight is 0: gfa needs a layer to align, or weight=0 for none.")
+            raise ValueError(
+                "every layer weight is 0: gfa needs a layer to align, or weight=0 for none."
+            )
         total = jnp.zeros(())
         metrics: Metrics = {}
         zeros = []
         for name in names:
-            per_example = alignment_lib.penalty(features[name], grads[name], form=form, norm=layer_norm[name])
+            per_example = alignment_lib.penalty(
+                features[name], grads[name], form=form, norm=layer_norm[name]
+            )
             total += weights[name] * jnp.mean(per_example)
             cosine = alignment_lib.alignment(features[name], grads[name], layer_norm[name])
             metrics[f"alignment/{name}"] = jax.lax.stop_gradient(jnp.mean(cosine))
@@ -133,8 +151,12 @@ def gfa(
     def objective(model: ModelFn, params: Params, batch: Batch, key: Array) -> tuple[Array, Aux]:
         inputs, labels = batch["inputs"], batch["labels"]
         target_fn = _target_function(target, key, labels)
-        differentiate = _exact_penalty if second_order == "exact" else _finite_difference_penalty(displacement)
-        value, metrics, logits, model_state = differentiate(penalty, model, params, inputs, labels, target_fn)
+        differentiate = (
+            _exact_penalty if second_order == "exact" else _finite_difference_penalty(displacement)
+        )
+        value, metrics, logits, model_state = differentiate(
+            penalty, model, params, inputs, labels, target_fn
+        )
         ce = jnp.mean(losses.cross_entropy(logits, labels))
         loss = ce + weight * value
         metrics = {
@@ -163,89 +185,138 @@ def _target_function(target: str | LossFn, key: Array, labels: Array) -> LossFn:
     return sampled_margin
 
 
-def _by_pattern(names: Mapping[str, object], table: Mapping[str, Value] | None, default: Value, argument: str) -> dict[str, Value]:
+def _by_pattern(
+    names: Mapping[str, object], table: Mapping[str, Value] | None, default: Value, argument: str
+) -> dict[str, Value]:
     """Returns the value of the first pattern that matches each name."""
     if not names:
-        raise ValueError("the model has no taps to align: give its layers, such as linen_model(module, layers='block_.*').")
+        raise ValueError(
+            "the model has no taps to align: give its layers, such as "
+            "linen_model(module, layers='block_.*')."
+        )
     table = table or {}
     for pattern in table:
         if not any(re.fullmatch(pattern, name) for name in names):
             raise ValueError(
-                f"{argument} pattern {pattern!r} matches no tap.{_validate.suggestion(pattern, names)} "
-                f"The taps are: {', '.join(names)}."
+                f"{argument} pattern {pattern!r} matches no tap."
+                f"{_validate.suggestion(pattern, names)} The taps are: {', '.join(names)}."
             )
     return {
-        name: next((value for pattern, value in table.items() if re.fullmatch(pattern, name)), default) for name in names
+        name: next(
+            (value for pattern, value in table.items() if re.fullmatch(pattern, name)), default
+        )
+        for name in names
     }
 
 
 def _exact_penalty(
-    penalty: PenaltyFn, model: ModelFn, params: Params, inputs: Array, labels: Array, target_fn: LossFn
+    penalty: PenaltyFn,
+    model: ModelFn,
+    params: Params,
+    inputs: Array,
+    labels: Array,
+    target_fn: LossFn,
 ) -> tuple[Array, Metrics, Array, ModelState]:
     """The penalty as a function that JAX differentiates twice."""
     apply_fn = functools.partial(model, params, train=True)
-    logits, features, grads, model_state = taps.feature_gradients(apply_fn, inputs, labels, target=target_fn, has_aux=True)
+    logits, features, grads, model_state = taps.feature_gradients(
+        apply_fn, inputs, labels, target=target_fn, has_aux=True
+    )
     value, metrics = penalty(features, grads)
     return value, metrics, logits, model_state
 
 
-def _finite_difference_penalty(displacement: float) -> Callable[..., tuple[Array, Metrics, Array, ModelState]]:
-    """The penalty's value, with a surrogate for its gradient that needs no second derivative of the model.
+def _finite_difference_penalty(
+    displacement: float,
+) -> Callable[..., tuple[Array, Metrics, Array, ModelState]]:
+    """The penalty's value, with a surrogate for its gradient from first derivatives of the model.
 
-    With ``u_l = dR/dh_l`` and ``v_l = dR/dg_l``, the gradient of the penalty R is that of ``sum <u_l, h_l> + sum <v_l, g_l>``, where the
-    second sum is the derivative of the summed target along taps ``v_l``: a difference of the target at taps ``s v_l`` and 0. Each example has
-    its own ``s``, the largest that moves no feature by more than ``displacement`` of its norm; this supposes that examples do not
-    interact, which BatchNorm in training mode violates slightly. The difference is one-sided: in ReLU networks the error comes from
-    kinks, which a central one crosses on both sides for one more pass.
+    With ``u_l = dR/dh_l`` and ``v_l = dR/dg_l``, the gradient of the penalty R is that of
+    ``sum <u_l, h_l> + sum <v_l, g_l>``, where the second sum is the derivative of the summed target
+    along taps ``v_l``: a difference of the target at taps ``s v_l`` and 0. Each example has its own
+    ``s``, the largest that moves no feature by more than ``displacement`` of its norm; this
+    supposes that examples do not interact, which BatchNorm in training mode violates slightly. The
+    difference is one-sided: in ReLU networks the error comes from kinks, which a central difference
+    crosses on both sides, for one more pass.
     """
 
     def differentiate(
-        penalty: PenaltyFn, model: ModelFn, params: Params, inputs: Array, labels: Array, target_fn: LossFn
+        penalty: PenaltyFn,
+        model: ModelFn,
+        params: Params,
+        inputs: Array,
+        labels: Array,
+        target_fn: LossFn,
     ) -> tuple[Array, Metrics, Array, ModelState]:
         apply_fn = functools.partial(model, params, train=True)
         frozen_fn = functools.partial(model, jax.lax.stop_gradient(params), train=True)
-        # XLA merges this forward pass with the one inside feature_gradients: they differ only in what is differentiated.
+        # XLA merges this forward pass with the one inside feature_gradients: they differ only in
+        # what is differentiated.
         (logits, features), model_state = apply_fn({}, inputs)
-        _, frozen_features, grads, _ = taps.feature_gradients(frozen_fn, inputs, labels, target=target_fn, has_aux=True)
-        (value, metrics), (feature_slopes, grad_slopes) = jax.value_and_grad(penalty, argnums=(0, 1), has_aux=True)(
-            frozen_features, grads
+        _, frozen_features, grads, _ = taps.feature_gradients(
+            frozen_fn, inputs, labels, target=target_fn, has_aux=True
         )
+        (value, metrics), (feature_slopes, grad_slopes) = jax.value_and_grad(
+            penalty, argnums=(0, 1), has_aux=True
+        )(frozen_features, grads)
         scale = displacement * functools.reduce(
-            jnp.minimum, [_norm_ratio(frozen_features[name], grad_slopes[name]) for name in features]
+            jnp.minimum,
+            [_norm_ratio(frozen_features[name], grad_slopes[name]) for name in features],
         )
-        moves = {name: norms.expand(scale, slope).astype(slope.dtype) * slope for name, slope in grad_slopes.items()}
+        moves = {
+            name: norms.expand(scale, slope).astype(slope.dtype) * slope
+            for name, slope in grad_slopes.items()
+        }
         (displaced_logits, _), _ = apply_fn(jax.lax.stop_gradient(moves), inputs)
         difference = target_fn(displaced_logits, labels) - target_fn(logits, labels)
         surrogate = jnp.sum(difference / scale)
         for name, slope in feature_slopes.items():
             surrogate += jnp.sum(norms.dot(slope, features[name]))
-        return jax.lax.stop_gradient(value) + surrogate - jax.lax.stop_gradient(surrogate), metrics, logits, model_state
+        return (
+            jax.lax.stop_gradient(value) + surrogate - jax.lax.stop_gradient(surrogate),
+            metrics,
+            logits,
+            model_state,
+        )
 
     return differentiate
 
 
 def _norm_ratio(features: Array, slopes: Array) -> Array:
-    """Returns ``|h| / |v|`` ``[B]``; 1e30, no limit, where either is zero (a dead layer must not freeze the others)."""
-    (features, feature_scale), (slopes, slope_scale) = norms.rescale(features), norms.rescale(slopes)
+    """Returns ``|h| / |v|`` ``[B]``.
+
+    It is 1e30, no limit, where either is zero: a dead layer must not freeze the others.
+    """
+    (features, feature_scale), (slopes, slope_scale) = (
+        norms.rescale(features),
+        norms.rescale(slopes),
+    )
     size, slope = norms.vector_norm(features, "l2"), norms.vector_norm(slopes, "l2")
     usable = (size > 0) & (slope > 0)
     ratio = size / jnp.where(usable, slope, 1) * (feature_scale / slope_scale)
     return jax.lax.stop_gradient(jnp.where(usable, ratio, 1e30))
 
 
-def adversarial(attack: AttackFn, objective: Objective, *, attack_train_mode: bool = False) -> Objective:
-    """Evaluates an objective on adversarial examples of the current parameters (adversarial training).
+def adversarial(
+    attack: AttackFn, objective: Objective, *, attack_train_mode: bool = False
+) -> Objective:
+    """Adversarial training: an objective on adversarial examples of the current parameters.
 
-    No gradient flows through the attack. Metrics are the inner objective's, on the adversarial inputs.
+    No gradient flows through the attack. Metrics are the inner objective's, on the adversarial
+    inputs.
 
     Args:
       attack: such as ``attacks.pgd(threat, num_steps=10, keep="last")``.
-      objective: any objective: ``cross_entropy()`` gives PGD-AT or FGSM-AT, ``gfa(...)`` alignment at adversarial points.
-      attack_train_mode: whether the attack sees the model in training mode (BatchNorm with batch statistics, as in the code of Rice et
-        al. 2020) or in evaluation mode. The statistics of its passes are discarded either way.
+      objective: any objective: ``cross_entropy()`` gives PGD-AT or FGSM-AT, ``gfa(...)`` alignment
+        at adversarial points.
+      attack_train_mode: whether the attack sees the model in training mode (BatchNorm with batch
+        statistics, as in the code of Rice et al. 2020) or in evaluation mode. The statistics of its
+        passes are discarded either way.
     """
 
-    def adversarial_objective(model: ModelFn, params: Params, batch: Batch, key: Array) -> tuple[Array, Aux]:
+    def adversarial_objective(
+        model: ModelFn, params: Params, batch: Batch, key: Array
+    ) -> tuple[Array, Aux]:
         attack_key, objective_key = jax.random.split(key)
         inputs, labels = batch["inputs"], batch["labels"]
         frozen = jax.lax.stop_gradient(params)
@@ -263,8 +334,8 @@ def adversarial(attack: AttackFn, objective: Objective, *, attack_train_mode: bo
 def sum_of(*objectives: Objective) -> Objective:
     """Adds objectives evaluated on the same batch.
 
-    The loss is the sum; the model state is the first objective's. Metrics: ``loss`` is the sum; the first objective's keep their names, those
-    of the n-th (from 2) are ``term_n/...``.
+    The loss is the sum; the model state is the first objective's. Metrics: ``loss`` is the sum; the
+    first objective's keep their names, those of the n-th (from 2) are ``term_n/...``.
 
     Raises:
       ValueError: for no objective.
@@ -272,9 +343,14 @@ def sum_of(*objectives: Objective) -> Objective:
     if not objectives:
         raise ValueError("sum_of needs at least one objective.")
 
-    def summed_objective(model: ModelFn, params: Params, batch: Batch, key: Array) -> tuple[Array, Aux]:
+    def summed_objective(
+        model: ModelFn, params: Params, batch: Batch, key: Array
+    ) -> tuple[Array, Aux]:
         keys = jax.random.split(key, len(objectives))
-        results = [term(model, params, batch, term_key) for term, term_key in zip(objectives, keys, strict=True)]
+        results = [
+            term(model, params, batch, term_key)
+            for term, term_key in zip(objectives, keys, strict=True)
+        ]
         metrics = dict(results[0][1].metrics)
         for number, (_, aux) in enumerate(results[1:], start=2):
             metrics |= {f"term_{number}/{name}": value for name, value in aux.metrics.items()}

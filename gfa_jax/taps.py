@@ -1,11 +1,13 @@
 """Features and feature gradients of any model, without editing it.
 
-Below is a protocol of no framework: a model is ``apply_fn(taps, inputs) -> (logits, features)``, where ``taps`` is ``{}`` or holds for each
-feature an array of its shape that the model adds to it. With zeros, the gradient with respect to a tap is the gradient with respect to the
-feature, and differentiating once more gives the second-order terms of the training loss.
+Below is a protocol of no framework: a model is ``apply_fn(taps, inputs) -> (logits, features)``,
+where ``taps`` is ``{}`` or holds for each feature an array of its shape that the model adds to it.
+With zeros, the gradient with respect to a tap is the gradient with respect to the feature, and
+differentiating once more gives the second-order terms of the training loss.
 
-On top is the adapter for Flax linen (the only flax import of the library's core). It intercepts calls of any unmodified module whose
-path matches a pattern, through ``sow`` and ``perturb`` in collections of its own, and so works under jit, remat and double differentiation.
+On top is the adapter for Flax linen (the only flax import of the library's core). It intercepts
+calls of any unmodified module whose path matches a pattern, through ``sow`` and ``perturb`` in
+collections of its own, and so works under jit, remat and double differentiation.
 """
 
 import re
@@ -33,9 +35,10 @@ _INPUT_SUFFIX = "@input"
 
 
 def zero_taps(apply_fn: ApplyFn, inputs: Array) -> Taps:
-    """Returns additive zeros for every feature at the batch size of ``inputs``; inside jit they cost neither memory nor time.
+    """Returns additive zeros for every feature at the batch size of ``inputs``.
 
-    Never store taps: zeros of another batch size would broadcast, and the "gradient" of a batch-1 tap is silently the sum over the batch.
+    Inside jit they cost neither memory nor time. Never store taps: zeros of another batch size
+    would broadcast, and the "gradient" of a batch-1 tap is silently the sum over the batch.
 
     Args:
       apply_fn: ``(taps, inputs) -> (logits, features)``.
@@ -48,8 +51,9 @@ def zero_taps(apply_fn: ApplyFn, inputs: Array) -> Taps:
     for name, feature in features.items():
         if feature.shape[:1] != inputs.shape[:1]:
             raise ValueError(
-                f"feature {name!r} has shape {feature.shape}, but its leading axis must be the batch of {inputs.shape[0]} "
-                "examples: alignment is defined per example. Tap another layer."
+                f"feature {name!r} has shape {feature.shape}, but its leading axis must be the "
+                f"batch of {inputs.shape[0]} examples: alignment is defined per example. Tap "
+                "another layer."
             )
     return {name: jnp.zeros(feature.shape, feature.dtype) for name, feature in features.items()}
 
@@ -62,21 +66,23 @@ def feature_gradients(
     target: str | LossFn = losses.log_odds,
     has_aux: bool = False,
 ) -> Any:
-    """Returns logits, features, and gradients of a target with respect to the features, from one forward and one backward pass.
+    """Returns logits, features, and the gradients of a target with respect to the features.
 
-    Differentiable with respect to anything that ``apply_fn`` closes over.
+    This takes one forward and one backward pass, and is differentiable with respect to anything
+    that ``apply_fn`` closes over.
 
     Args:
-      apply_fn: ``(taps, inputs) -> (logits, features)``, as ``tap_linen`` gives; with ``has_aux`` it returns ``((logits, features), aux)``.
+      apply_fn: ``(taps, inputs) -> (logits, features)``, as ``tap_linen`` gives; with ``has_aux``
+        it returns ``((logits, features), aux)``.
       inputs: ``[B, ...]``.
       labels: int ``[B]``.
-      target: per-example target ``(logits, labels) -> [B]``, by name (``losses.LOSSES``) or as a function. Its *sum* over the batch is
-        differentiated, so each example's gradient is its own.
+      target: per-example target ``(logits, labels) -> [B]``, by name (``losses.LOSSES``) or as a
+        function. Its *sum* over the batch is differentiated, so each example's gradient is its own.
       has_aux: as in ``jax.grad``.
 
     Returns:
-      ``(logits [B, C], features, grads)``; the last two are dicts of ``[B, ...]`` by tap name, with equal shapes. With ``has_aux``, ``aux`` is
-      a fourth entry.
+      ``(logits [B, C], features, grads)``; the last two are dicts of ``[B, ...]`` by tap name, with
+      equal shapes. With ``has_aux``, ``aux`` is a fourth entry.
 
     Raises:
       ValueError: for an unknown target, or features without a batch axis.
@@ -109,25 +115,32 @@ def with_input_tap(apply_fn: ApplyFn) -> ApplyFn:
 
 
 def tap_linen(
-    module: nn.Module, variables: Mapping[str, Any], *, layers: str | Sequence[str] = (), **apply_kwargs: Any
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    *,
+    layers: str | Sequence[str] = (),
+    **apply_kwargs: Any,
 ) -> ApplyFn:
     """Makes ``(taps, inputs) -> (logits, features)`` of an unmodified linen module.
 
-    A pattern is a regular expression that must match a submodule's whole path (``block_0/conv``); the tap of its output has that path as
-    its name. With the suffix ``@input`` it taps what goes into the submodule (its first argument), which is how to reach
-    values that no module returns, such as an activation function's output; the name then ends in ``@input``. The pattern
-    ``input`` taps the model's own input.
+    A pattern is a regular expression that must match a submodule's whole path (``block_0/conv``);
+    the tap of its output has that path as its name. With the suffix ``@input`` it taps what goes
+    into the submodule (its first argument), which is how to reach values that no module returns,
+    such as an activation function's output; the name then ends in ``@input``. The pattern ``input``
+    taps the model's own input.
 
     Args:
-      module: any linen module whose ``__call__`` takes the inputs first and returns logits ``[B, C]``. Layers inside ``nn.scan`` or
-        ``nn.vmap`` can be tapped only where the module itself lifts the collections ``gfa_features`` and ``gfa_taps``.
+      module: any linen module whose ``__call__`` takes the inputs first and returns logits
+        ``[B, C]``. Layers inside ``nn.scan`` or ``nn.vmap`` can be tapped only where the module
+        itself lifts the collections ``gfa_features`` and ``gfa_taps``.
       variables: its variables, ``{"params": ..., ...}``.
       layers: patterns; none by default.
       **apply_kwargs: passed to ``__call__`` (such as ``train=False``).
 
-    Raises (at the first call, before compilation):
-      ValueError: for a pattern that matches nothing (listing what exists), a tapped layer that is called twice, or one that does not return
-        one array.
+    Raises:
+      ValueError: at once for a pattern that is not a regular expression; at the first call, before
+        compilation, for a pattern that matches nothing (listing what exists), a tapped layer that
+        is called twice, or one that does not return one array.
     """
     apply = _linen_apply(module, layers)
 
@@ -145,17 +158,19 @@ def linen_model(
     mutable: Sequence[str] = ("batch_stats",),
     rngs: Mapping[str, Array] | None = None,
 ) -> ModelFn:
-    """Makes the model function that objectives take of an unmodified linen module with a ``train`` argument.
+    """Makes the ``ModelFn`` that objectives take of an unmodified linen module.
 
     Args:
       module: its ``__call__`` is ``(inputs, train=...) -> logits [B, C]``.
       model_state: the variables other than ``params``, such as ``{"batch_stats": ...}``.
       layers: patterns, as for ``tap_linen``.
-      mutable: the collections that a forward pass in training mode updates; those absent from ``model_state`` are ignored.
+      mutable: the collections that a forward pass in training mode updates; those absent from
+        ``model_state`` are ignored.
       rngs: keys for stochastic layers.
 
     Returns:
-      ``(params, taps, inputs, *, train) -> ((logits, features), model_state)``; in evaluation mode the state comes back unchanged.
+      ``(params, taps, inputs, *, train) -> ((logits, features), model_state)``; in evaluation mode
+      the state comes back unchanged.
     """
     state: dict[str, Any] = dict(model_state or {})
     apply = _linen_apply(module, layers)
@@ -165,7 +180,9 @@ def linen_model(
     ) -> tuple[tuple[Array, Features], ModelState]:
         updated = [name for name in mutable if name in state] if train else []
         variables = {"params": params, **state}
-        out, changes = apply(variables, taps, inputs, updated, train=train, **({"rngs": rngs} if rngs else {}))
+        out, changes = apply(
+            variables, taps, inputs, updated, train=train, **({"rngs": rngs} if rngs else {})
+        )
         return out, {**state, **changes}
 
     return model
@@ -176,7 +193,11 @@ def _linen_apply(module: nn.Module, layers: str | Sequence[str]) -> Callable[...
     patterns = _Patterns(layers)
 
     def apply(
-        variables: Mapping[str, Any], taps: Taps, inputs: Array, mutable: Sequence[str], **kwargs: Any
+        variables: Mapping[str, Any],
+        taps: Taps,
+        inputs: Array,
+        mutable: Sequence[str],
+        **kwargs: Any,
     ) -> tuple[tuple[Array, Features], dict[str, Any]]:
         call = patterns.start_call()
 
@@ -187,9 +208,8 @@ def _linen_apply(module: nn.Module, layers: str | Sequence[str]) -> Callable[...
                     {**variables, **probes}, inputs, mutable=[_FEATURES, *mutable], **kwargs
                 )
             call.check_matched(module)
-            sown = changed.pop(_FEATURES, {})
             updates.update(changed)
-            return logits, _as_features(sown)
+            return logits, _as_features(updates.pop(_FEATURES, {}))
 
         updates: dict[str, Any] = {}
         apply_fn = with_input_tap(inner) if patterns.input else inner
@@ -212,7 +232,9 @@ class _Patterns:
             try:
                 self.sites.append((text, site, re.compile(text.removesuffix(_INPUT_SUFFIX))))
             except re.error as error:
-                raise ValueError(f"layers={text!r} is not a valid regular expression: {error}.") from error
+                raise ValueError(
+                    f"layers={text!r} is not a valid regular expression: {error}."
+                ) from error
 
     def start_call(self) -> "_TappedCall":
         return _TappedCall(self)
@@ -226,7 +248,13 @@ class _TappedCall:
         self._seen: dict[str, None] = {}
         self._matched: set[str] = set()
 
-    def intercept(self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    def intercept(
+        self,
+        next_fun: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        context: nn.module.InterceptorContext,
+    ) -> Any:
         if context.method_name != "__call__":
             return next_fun(*args, **kwargs)
         path = "/".join(context.module.path)
@@ -244,14 +272,18 @@ class _TappedCall:
     def _tap(self, module: nn.Module, path: str, site: str, value: Any) -> Array:
         name = path + (_INPUT_SUFFIX if site == "input" else "")
         if not isinstance(value, jax.Array):
-            raise ValueError(f"layer {name!r} gives {type(value).__name__}, not one array: tap a layer inside it.")
+            raise ValueError(
+                f"layer {name!r} gives {type(value).__name__}, not one array: tap a layer inside "
+                "it."
+            )
         variable = _SITES[site]
         if module.has_variable(_TAPS, variable):
             shape = jnp.shape(module.get_variable(_TAPS, variable))
             if shape != value.shape:
                 raise ValueError(
-                    f"the tap of {name!r} has shape {shape}, the feature {value.shape}: make taps for this batch with zero_taps. "
-                    "(A tap of batch size 1 would broadcast, and its gradient would be the sum over the batch.)"
+                    f"the tap of {name!r} has shape {shape}, the feature {value.shape}: make taps "
+                    "for this batch with zero_taps. (A tap of batch size 1 would broadcast, and "
+                    "its gradient would be the sum over the batch.)"
                 )
         value = module.perturb(variable, value, collection=_TAPS)
         module.sow(_FEATURES, variable, value)
@@ -263,8 +295,9 @@ class _TappedCall:
                 paths = sorted(path for path in self._seen if path)
                 hint = _validate.suggestion(text.removesuffix(_INPUT_SUFFIX), paths)
                 raise ValueError(
-                    f"layers={text!r} matches no layer of {type(module).__name__}.{hint} Its layers are: {', '.join(paths)}. "
-                    "A pattern must match the whole path; the suffix '@input' taps what goes in."
+                    f"layers={text!r} matches no layer of {type(module).__name__}.{hint} "
+                    f"Its layers are: {', '.join(paths)}. A pattern must match the whole path; "
+                    "the suffix '@input' taps what goes in."
                 )
 
 
@@ -285,8 +318,9 @@ def _as_features(sown: Mapping[str, Any]) -> Features:
         name = "/".join(path) + (_INPUT_SUFFIX if variable == _SITES["input"] else "")
         if len(values) != 1:
             raise ValueError(
-                f"layer {name!r} is called {len(values)} times in one forward pass; its calls would share one tap and their "
-                "gradients would add up. Tap a layer that is called once."
+                f"layer {name!r} is called {len(values)} times in one forward pass; its calls "
+                "would share one tap and their gradients would add up. Tap a layer that is called "
+                "once."
             )
         features[name] = values[0]
     return features

@@ -1,7 +1,8 @@
 """Threat models: which perturbations an attacker may use.
 
-A perturbation is allowed when its norm is at most ``epsilon`` and the perturbed input stays inside ``bounds``. All functions are
-per example (axis 0 is the batch), pure and traceable; ``epsilon`` may be a traced scalar, so that it can follow a schedule.
+A perturbation is allowed when its norm is at most ``epsilon`` and the perturbed input stays inside
+``bounds``. All functions are per example (axis 0 is the batch), pure and traceable; ``epsilon`` may
+be a traced scalar, so that it can follow a schedule.
 """
 
 import dataclasses
@@ -27,7 +28,8 @@ class ThreatModel:
       bounds: ``(lower, upper)`` of valid inputs.
 
     Raises:
-      ValueError: for an unknown norm, an epsilon that is negative or not finite, or bounds that are not ``lower < upper``.
+      ValueError: for an unknown norm, an epsilon that is negative or not finite, or bounds that are
+        not ``lower < upper``.
     """
 
     norm: str = "linf"
@@ -39,7 +41,9 @@ class ThreatModel:
         _validate.one_of(norms.DUALS, norm=self.norm)
         _validate.non_negative(epsilon=self.epsilon)
         if len(self.bounds) != 2 or not self.bounds[0] < self.bounds[1]:
-            raise ValueError(f"bounds={self.bounds!r} must be a pair (lower, upper) with lower < upper.")
+            raise ValueError(
+                f"bounds={self.bounds!r} must be a pair (lower, upper) with lower < upper."
+            )
 
     @property
     def dual_norm(self) -> str:
@@ -53,8 +57,9 @@ class ThreatModel:
     def project(self, inputs: Array, adv_inputs: Array) -> Array:
         """Returns allowed points close to ``adv_inputs``.
 
-        l_inf and l_1 give the exact Euclidean projection onto ball and box. l_2 scales into the ball and then clips to the box,
-        as all reference attacks do: allowed, since clipping moves towards the clean input, but not always the nearest allowed point.
+        l_inf and l_1 give the exact Euclidean projection onto ball and box. l_2 scales into the
+        ball and then clips to the box, as all reference attacks do: allowed, since clipping moves
+        towards the clean input, but not always the nearest allowed point.
 
         Args:
           inputs: clean inputs ``[B, ...]`` inside the bounds.
@@ -66,29 +71,36 @@ class ThreatModel:
         lower, upper = self.bounds
         perturbation = adv_inputs - inputs
         if self.norm == "linf":
-            return jnp.clip(inputs + jnp.clip(perturbation, -self.epsilon, self.epsilon), lower, upper)
+            return jnp.clip(
+                inputs + jnp.clip(perturbation, -self.epsilon, self.epsilon), lower, upper
+            )
         if self.norm == "l2":
             scale = _shrink(norms.vector_norm(perturbation, "l2"), self.epsilon)
             return jnp.clip(inputs + norms.expand(scale, inputs) * perturbation, lower, upper)
-        return inputs + project_l1_box(inputs, perturbation, self.epsilon, self.bounds)
+        moved = inputs + project_l1_box(inputs, perturbation, self.epsilon, self.bounds)
+        return jnp.clip(moved, lower, upper)
 
     def random_start(self, keys: Array, inputs: Array) -> Array:
         """Returns a random allowed point for each example.
 
-        l_inf: uniform in the ball, then clipped. l_2: a uniform direction with a radius uniform in [0, epsilon], then clipped
+        l_inf: uniform in the ball, then clipped. l_2: a uniform direction with a radius uniform in
+          [0, epsilon], then clipped
         (torchattacks' PGDL2). l_1: a Laplace direction with the same radius, projected.
 
         Args:
           keys: typed PRNG keys ``[B]``; each example uses only its own.
           inputs: clean inputs ``[B, ...]``.
         """
-        draw = functools.partial(_draw_unit_ball, norm=self.norm, shape=inputs.shape[1:], dtype=inputs.dtype)
+        draw = functools.partial(
+            _draw_unit_ball, norm=self.norm, shape=inputs.shape[1:], dtype=inputs.dtype
+        )
         return self.project(inputs, inputs + self.epsilon * jax.vmap(draw)(keys))
 
     def steepest_step(self, inputs: Array, gradients: Array, *, sparsity: float = 0.99) -> Array:
         """Returns the steepest ascent direction of unit threat norm.
 
-        l_inf: the sign. l_2: the normalised gradient. l_1: the sign of the largest coordinates divided by their number, skipping
+        l_inf: the sign. l_2: the normalised gradient. l_1: the sign of the largest coordinates
+          divided by their number, skipping
         coordinates that would leave the box at once (SLIDE, Tramer & Boneh 2019, arXiv 1904.13000).
 
         Args:
@@ -99,7 +111,10 @@ class ThreatModel:
         if self.norm == "linf":
             return jnp.sign(gradients)
         if self.norm == "l2":
-            return gradients / norms.expand(norms.vector_norm(gradients, "l2") + 1e-12, gradients)
+            scaled, _ = norms.rescale(gradients)
+            # At least 1 unless the gradient is zero.
+            length = norms.vector_norm(scaled, "l2")
+            return scaled / norms.expand(jnp.maximum(length, 1), scaled)
         lower, upper = self.bounds
         blocked = ((inputs <= lower) & (gradients < 0)) | ((inputs >= upper) & (gradients > 0))
         magnitude = norms.flatten(jnp.abs(jnp.where(blocked, 0, gradients)))
@@ -111,10 +126,12 @@ class ThreatModel:
         return (signs / count).reshape(gradients.shape).astype(gradients.dtype)
 
     def linear_maximizer(self, inputs: Array, gradients: Array) -> Array:
-        """Returns the allowed points that maximise ``<gradients, adv_inputs>``: the single step of FGSM.
+        """Returns the allowed points that maximise ``<gradients, adv_inputs>``: the single step of
+        FGSM.
 
-        l_inf and l_1 are exact with the box: l_inf moves every coordinate as far as it may, l_1 fills the coordinates of largest
-        gradient to the box until the radius is spent. l_2 is ``epsilon g / |g|_2``, then clipped (FGM).
+        l_inf and l_1 are exact with the box: l_inf moves every coordinate as far as it may, l_1
+        fills the coordinates of largest gradient to the box until the radius is spent. l_2 is
+        ``epsilon g / |g|_2``, then clipped (FGM).
 
         Args:
           inputs: clean inputs ``[B, ...]``.
@@ -126,7 +143,7 @@ class ThreatModel:
             return self.project(inputs, inputs + step)
         flat_gradients, flat_inputs = norms.flatten(gradients), norms.flatten(inputs)
         room = jnp.where(flat_gradients > 0, upper - flat_inputs, flat_inputs - lower)
-        room = jnp.where(flat_gradients == 0, 0, room)
+        room = jnp.where(flat_gradients == 0, 0, jnp.minimum(room, self.epsilon))
         order = jnp.argsort(-jnp.abs(flat_gradients), axis=1)
         sorted_room = jnp.take_along_axis(room, order, axis=1)
         spent_before = jnp.cumsum(sorted_room, axis=1) - sorted_room
@@ -137,7 +154,9 @@ class ThreatModel:
 
 
 def _shrink(size: Array, limit: float | Array) -> Array:
-    """Returns the factor that brings vectors of ``size [B]`` to at most ``limit``; never above 1, and 0/0 gives 1."""
+    """Returns the factor that brings vectors of ``size [B]`` to at most ``limit``; never above 1,
+    and 0/0 gives 1.
+    """
     return jnp.where(size > limit, limit / jnp.where(size > 0, size, 1), 1).astype(size.dtype)
 
 
@@ -153,14 +172,19 @@ def _draw_unit_ball(key: Array, *, norm: str, shape: tuple[int, ...], dtype: jnp
 
 
 def project_l1_box(
-    inputs: Array, perturbation: Array, epsilon: float | Array, bounds: tuple[float, float] = (0.0, 1.0)
+    inputs: Array,
+    perturbation: Array,
+    epsilon: float | Array,
+    bounds: tuple[float, float] = (0.0, 1.0),
 ) -> Array:
-    """Projects perturbations onto ``{|d|_1 <= epsilon} and {lower <= inputs + d <= upper}``, exactly.
+    """Projects perturbations onto ``{|d|_1 <= epsilon} and {lower <= inputs + d <= upper}``,
+    exactly.
 
-    The projection is ``sign(d) min(max(|d| - t, 0), room)`` where ``room`` is the distance to the box and ``t`` is 0 or the root of
-    ``|projection|_1 = epsilon`` (Croce & Hein 2021, arXiv 2103.01208, Prop. 2.1). Projecting onto the ball and then clipping is
-    not the same: it gives up radius. The root is bracketed by bisection to float resolution; one exact step on the active set,
-    where the equation is linear, then solves it.
+    The projection is ``sign(d) min(max(|d| - t, 0), room)`` where ``room`` is the distance to the
+    box and ``t`` is 0 or the root of ``|projection|_1 = epsilon`` (Croce & Hein 2021, arXiv
+    2103.01208, Prop. 2.1). Projecting onto the ball and then clipping is not the same: it gives up
+    radius. The root is bracketed by bisection to float resolution; one exact step on the active
+    set, where the equation is linear, then solves it.
 
     Args:
       inputs: clean inputs ``[B, ...]`` inside the bounds.
@@ -169,7 +193,8 @@ def project_l1_box(
       bounds: the box.
 
     Returns:
-      The projected perturbations ``[B, ...]``; their l_1 norm never exceeds epsilon by more than summation rounding.
+      The projected perturbations ``[B, ...]``; their l_1 norm never exceeds epsilon by more than
+      summation rounding.
     """
     lower, upper = bounds
     flat = norms.flatten(perturbation)
@@ -195,7 +220,9 @@ def project_l1_box(
     active = (magnitude > middle) & ~saturated
     num_active = jnp.sum(active, axis=1, keepdims=True)
     fixed = jnp.sum(jnp.where(saturated & (magnitude > middle), room, 0), axis=1, keepdims=True)
-    exact = (fixed + jnp.sum(jnp.where(active, magnitude, 0), axis=1, keepdims=True) - epsilon) / jnp.maximum(num_active, 1)
+    exact = (
+        fixed + jnp.sum(jnp.where(active, magnitude, 0), axis=1, keepdims=True) - epsilon
+    ) / jnp.maximum(num_active, 1)
     threshold = jnp.where(num_active > 0, jnp.clip(exact, low, high), high)
     needed = jnp.sum(moved(jnp.zeros_like(low)), axis=1, keepdims=True) > epsilon
     size = moved(jnp.where(needed, threshold, 0))

@@ -3,12 +3,15 @@
 A classifier is seen at three levels, each a plain function:
 
 * ``LogitsFn`` -- all that an attack knows: ``inputs -> logits``.
-* ``ApplyFn`` -- what feature gradients need: ``(taps, inputs) -> (logits, features)``. ``taps`` is a dict of additive zeros, one for
-  each tapped feature and of its shape, or ``{}`` for none. The gradient with respect to a tap is the gradient with respect to the feature.
-* ``ModelFn`` -- what a training objective needs: the same with parameters, a mode, and the state that a forward pass updates.
+* ``ApplyFn`` -- what feature gradients need: ``(taps, inputs) -> (logits, features)``. ``taps`` is
+  a dict of additive zeros, one for each tapped feature and of its shape, or ``{}`` for none. The
+  gradient with respect to a tap is the gradient with respect to the feature.
+* ``ModelFn`` -- what a training objective needs: the same with parameters, a mode, and the state
+  that a forward pass updates.
 
-An ``Objective`` turns a ``ModelFn`` into a scalar to minimise. ``functools.partial(objective, model)`` is the function
-``(params, batch, key) -> (loss, aux)`` that ``jax.value_and_grad(..., has_aux=True)`` takes.
+An ``Objective`` turns a ``ModelFn`` into a scalar to minimise. With the model bound,
+``functools.partial(objective, model)`` is the function ``(params, batch, key) -> (loss, aux)`` that
+``jax.value_and_grad(..., has_aux=True)`` takes.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +23,8 @@ Array = jax.Array
 PyTree = Any
 Params = PyTree
 ModelState = PyTree
-"""State that a forward pass in training mode updates, such as BatchNorm statistics; ``{}`` for none."""
+"""State that a forward pass in training mode updates, such as BatchNorm statistics; ``{}`` for
+none."""
 
 Features = dict[str, Array]
 """Tapped values by tap name, each of shape ``[B, ...]``."""
@@ -29,12 +33,14 @@ Taps = dict[str, Array]
 Metrics = dict[str, Array]
 """Scalars by name, as ``train/...`` in the logs."""
 Batch = Mapping[str, Array]
-"""``inputs`` float ``[B, H, W, C]`` in bounds, ``labels`` int32 ``[B]``; more keys are allowed and ignored."""
+"""``inputs`` float ``[B, H, W, C]`` in bounds, ``labels`` int32 ``[B]``; more keys are allowed and
+ignored."""
 
 LogitsFn = Callable[[Array], Array]
 """``inputs [B, ...] -> logits [B, C]``, pure, with parameters and mode closed over."""
 LossFn = Callable[[Array, Array], Array]
-"""``(logits [B, C], labels [B]) -> loss [B]``: per example, without reduction. Attacks maximise it, training minimises it."""
+"""``(logits [B, C], labels [B]) -> loss [B]``: per example, without reduction. Attacks maximise it,
+training minimises it."""
 ApplyFn = Callable[[Taps, Array], tuple[Array, Features]]
 """``(taps, inputs [B, ...]) -> (logits [B, C], features)``."""
 
@@ -59,22 +65,27 @@ class Aux(NamedTuple):
 class Objective(Protocol):
     """A training objective: pure, traceable, differentiable with respect to ``params``."""
 
-    def __call__(self, model: ModelFn, params: Params, batch: Batch, key: Array) -> tuple[Array, Aux]:
+    def __call__(
+        self, model: ModelFn, params: Params, batch: Batch, key: Array
+    ) -> tuple[Array, Aux]:
         """Returns the scalar loss of the batch (a mean over its examples) and ``Aux``."""
         ...
 
 
 class AttackResult(NamedTuple):
-    """What an attack found, one entry for each example.
+    """What an attack found, one entry for each example. No gradient flows through any field.
 
     Attributes:
-      adv_inputs: ``[B, ...]``, inside ball and box. An attack that keeps the best point gives the clean input where it failed.
+      adv_inputs: ``[B, ...]``, inside ball and box. An attack that keeps the best point gives the
+        clean input where it failed.
       success: bool ``[B]``, whether ``argmax logits(adv_inputs) != labels``.
       distance: float32 ``[B]``, the threat norm of ``adv_inputs - inputs``.
-      loss: float32 ``[B]``, the largest loss seen inside the ball (of ``adv_inputs`` for an attack that keeps the last point).
+      loss: float32 ``[B]``, the largest loss seen inside the ball, over misclassified points alone
+        where there are any (of ``adv_inputs`` for an attack that keeps the last point).
       num_forwards: int32 ``[B]``, model evaluations spent on the example.
       num_backwards: int32 ``[B]``, gradient evaluations spent on the example.
-      num_zero_gradients: int32 ``[B]``, gradient evaluations that gave exactly zero everywhere: a sign of saturation or masking.
+      num_zero_gradients: int32 ``[B]``, gradient evaluations that gave exactly zero everywhere: a
+        sign of saturation or masking.
     """
 
     adv_inputs: Array
@@ -96,7 +107,8 @@ class AttackFn(Protocol):
 
         Args:
           logits_fn: the model under attack.
-          keys: typed PRNG keys ``[B]``, one for each example (``attacks.example_keys``); ``None`` for an attack that draws nothing.
+          keys: typed PRNG keys ``[B]``, one for each example (``attacks.example_keys``); ``None``
+            for an attack that draws nothing.
           inputs: float ``[B, ...]`` in the threat model's bounds.
           labels: int32 ``[B]``, the true classes.
         """

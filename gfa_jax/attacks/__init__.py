@@ -1,8 +1,8 @@
 """Adversarial attacks as pure compiled functions, and their registry.
 
-    threat = gfa_jax.ThreatModel(norm="linf", epsilon=8 / 255)
-    attack = gfa_jax.attacks.create("pgd-margin", threat, num_steps=40)
-    result = jax.jit(attack, static_argnums=0)(logits_fn, keys, inputs, labels)
+threat = gfa_jax.ThreatModel(norm="linf", epsilon=8 / 255)
+attack = gfa_jax.attacks.create("pgd-margin", threat, num_steps=40)
+result = jax.jit(attack, static_argnums=0)(logits_fn, keys, inputs, labels)
 """
 
 import functools

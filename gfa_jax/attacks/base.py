@@ -1,7 +1,9 @@
-"""What all attacks share: per-example keys, gradients of the summed loss, and the bookkeeping of the best point.
+"""What all attacks share: per-example keys, gradients of the summed loss, and the bookkeeping of
+the best point.
 
-An attack sees a model only as ``logits_fn``. Gradients are those of the sum of per-example losses, so that each example's gradient is its
-own, whatever the batch holds and however it is spread over devices.
+An attack sees a model only as ``logits_fn``. Gradients are those of the sum of per-example losses,
+so that each example's gradient is its own, whatever the batch holds and however it is spread over
+devices.
 """
 
 from typing import NamedTuple
@@ -17,8 +19,8 @@ from gfa_jax.types import Array, AttackResult, LogitsFn, LossFn
 def example_keys(key: Array, indices: Array) -> Array:
     """Returns one key for each example, a function of the example's index alone.
 
-    With keys made from stable indices (the position in the data set), an attack's result for an example does not change when the batch
-    is permuted, split, padded or spread over devices.
+    With keys made from stable indices (the position in the data set), an attack's result for an
+    example does not change when the batch is permuted, split, padded or spread over devices.
 
     Args:
       key: a typed PRNG key.
@@ -31,7 +33,9 @@ def example_keys(key: Array, indices: Array) -> Array:
 
 
 class Evaluation(NamedTuple):
-    """The model at one point of each example: loss ``[B]``, misclassified bool ``[B]``, gradient ``[B, ...]``."""
+    """The model at one point of each example: loss ``[B]``, misclassified bool ``[B]``, gradient
+    ``[B, ...]``.
+    """
 
     loss: Array
     misclassified: Array
@@ -39,7 +43,11 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(logits_fn: LogitsFn, loss_fn: LossFn, inputs: Array, labels: Array) -> Evaluation:
-    """Returns loss, correctness and input gradient from one forward and one backward pass."""
+    """Returns loss, correctness and input gradient from one forward and one backward pass.
+
+    Gradient coordinates that are not finite are set to 0: a step along them would leave the box for
+    NaN, which no model classifies correctly.
+    """
 
     def summed_loss(inputs: Array) -> tuple[Array, tuple[Array, Array]]:
         logits = logits_fn(inputs)
@@ -47,13 +55,16 @@ def evaluate(logits_fn: LogitsFn, loss_fn: LossFn, inputs: Array, labels: Array)
         return jnp.sum(losses), (losses, is_misclassified(logits, labels))
 
     (_, (losses, wrong)), gradient = jax.value_and_grad(summed_loss, has_aux=True)(inputs)
-    return Evaluation(losses.astype(jnp.float32), wrong, gradient)
+    finite = jnp.where(jnp.isfinite(gradient), gradient, 0)
+    return Evaluation(losses.astype(jnp.float32), wrong, finite)
 
 
 def evaluate_forward(
     logits_fn: LogitsFn, loss_fn: LossFn, inputs: Array, labels: Array
 ) -> tuple[Array, Array]:
-    """Returns the loss ``[B]`` and whether the example is misclassified ``[B]`` from one forward pass."""
+    """Returns the loss ``[B]`` and whether the example is misclassified ``[B]`` from one forward
+    pass.
+    """
     logits = logits_fn(inputs)
     return loss_fn(logits, labels).astype(jnp.float32), is_misclassified(logits, labels)
 
@@ -82,7 +93,9 @@ class Best(NamedTuple):
     success: Array
 
     def update(self, adv_inputs: Array, loss: Array, misclassified: Array) -> "Best":
-        """Returns the better of this and a new point, example by example. A NaN loss never replaces a point unless it misleads the model."""
+        """Returns the better of this and a new point, example by example. A NaN loss never replaces
+        a point unless it misleads the model.
+        """
         first_success = misclassified & ~self.success
         better = first_success | ((misclassified == self.success) & (loss > self.loss))
         return Best(
@@ -101,11 +114,13 @@ def finish(
     num_backwards: int,
     num_zero_gradients: Array,
 ) -> AttackResult:
-    """Returns the result of an attack that keeps the best point: the clean input, at distance 0, where it failed."""
+    """Returns the result of an attack that keeps the best point: the clean input, at distance 0,
+    where it failed.
+    """
     adv_inputs = jnp.where(norms.expand(best.success, inputs), best.adv_inputs, inputs)
     count = jnp.ones(inputs.shape[0], jnp.int32)
-    return AttackResult(
-        adv_inputs=jax.lax.stop_gradient(adv_inputs),
+    result = AttackResult(
+        adv_inputs=adv_inputs,
         success=best.success,
         distance=threat.distance(inputs, adv_inputs).astype(jnp.float32),
         loss=best.loss,
@@ -113,3 +128,4 @@ def finish(
         num_backwards=num_backwards * count,
         num_zero_gradients=num_zero_gradients,
     )
+    return jax.lax.stop_gradient(result)

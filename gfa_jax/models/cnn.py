@@ -13,18 +13,20 @@ INITIALIZERS = {
     "he": nn.initializers.he_normal(),
     "orthogonal": nn.initializers.orthogonal(2**0.5),
 }
-"""Kernel initialisers that keep the signal's scale through ReLU; framework defaults shrink it at every layer."""
+"""Kernel initialisers that keep the signal's scale through ReLU; framework defaults shrink it at
+every layer."""
 
 _HEAD_INITIALIZER = nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
 
 
 class Block(nn.Module):
-    """Convolution or dense layer, optional BatchNorm, ReLU: its output is one feature of the network.
+    """Convolution or dense layer, optional BatchNorm, ReLU; its output is one feature.
 
     Attributes:
       features: output channels.
       kernel_size: spatial kernel; empty for a dense layer.
-      use_bias: whether the layer has a bias. Without bias and BatchNorm the block is positively homogeneous.
+      use_bias: whether the layer has a bias. Without bias and BatchNorm the block is positively
+        homogeneous.
       batch_norm: whether BatchNorm follows the layer.
       padding: of the convolution, ``SAME`` or ``VALID``.
       initializer: a key of ``INITIALIZERS``.
@@ -41,7 +43,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool) -> Array:
-        """``[B, H, W, C] -> [B, H', W', features]``, or ``[B, C] -> [B, features]`` for a dense layer."""
+        """Maps ``[B, H, W, C]`` to ``[B, H', W', features]``, or ``[B, C]`` to ``[B, features]``."""
         kernel_init = INITIALIZERS[self.initializer]
         if self.kernel_size:
             hidden = nn.Conv(
@@ -55,31 +57,45 @@ class Block(nn.Module):
                 name="conv",
             )(inputs)
         else:
-            hidden = nn.Dense(self.features, use_bias=self.use_bias, kernel_init=kernel_init, dtype=self.dtype, name="dense")(inputs)
+            hidden = nn.Dense(
+                self.features,
+                use_bias=self.use_bias,
+                kernel_init=kernel_init,
+                dtype=self.dtype,
+                name="dense",
+            )(inputs)
         if self.batch_norm:
-            hidden = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype, name="norm")(hidden)
+            hidden = nn.BatchNorm(
+                use_running_average=not train,
+                momentum=0.9,
+                epsilon=1e-5,
+                dtype=self.dtype,
+                name="norm",
+            )(hidden)
         return nn.relu(hidden)
 
 
 class CNN(nn.Module):
     """Stages of convolution blocks with pooling between them, dense blocks, and a linear head.
 
-    Submodules, which are the names of its taps: ``normalize``, ``block_0`` ..., ``dense_0`` ..., ``head``.
+    Submodules, which are the names of its taps: ``normalize``, ``block_0`` ..., ``dense_0`` ...,
+    ``head``.
 
     Attributes:
       num_classes: logits.
-      stages: output channels of the convolutions of each stage; 2x2 pooling follows every stage, or global average pooling
-        the last one where ``global_pool`` is set.
+      stages: output channels of the convolutions of each stage; 2x2 pooling follows every stage,
+        but the last one where ``global_pool`` is set.
       dense: widths of the dense blocks before the head.
       input_mean: of ``layers.Normalize``.
       input_std: of ``layers.Normalize``.
       use_bias: whether layers have biases, the head included.
       batch_norm: whether BatchNorm follows each layer.
       pooling: ``max`` or ``average``.
-      global_pool: whether the last stage ends in global average pooling.
+      global_pool: whether global average pooling follows the last stage.
       padding: ``SAME`` or ``VALID``.
       initializer: ``he`` or ``orthogonal``; the head starts smaller.
-      dtype: of the computation, such as ``jnp.bfloat16``; ``None`` for that of the inputs. Logits come back in float32.
+      dtype: of the computation, such as ``jnp.bfloat16``; ``None`` for that of the inputs. Logits
+        come back in float32.
     """
 
     num_classes: int
@@ -119,7 +135,9 @@ class CNN(nn.Module):
         index = 0
         for stage, widths in enumerate(self.stages):
             for features in widths:
-                hidden = Block(features, padding=self.padding, name=f"block_{index}", **options)(hidden, train=train)
+                hidden = Block(features, padding=self.padding, name=f"block_{index}", **options)(
+                    hidden, train=train
+                )
                 index += 1
             if self.global_pool and stage == len(self.stages) - 1:
                 hidden = hidden.mean(axis=(1, 2))
@@ -127,6 +145,14 @@ class CNN(nn.Module):
                 hidden = pool(hidden, (2, 2), (2, 2))
         hidden = hidden.reshape(hidden.shape[0], -1)
         for index, features in enumerate(self.dense):
-            hidden = Block(features, kernel_size=(), name=f"dense_{index}", **options)(hidden, train=train)
-        head = nn.Dense(self.num_classes, use_bias=self.use_bias, kernel_init=_HEAD_INITIALIZER, dtype=self.dtype, name="head")
+            hidden = Block(features, kernel_size=(), name=f"dense_{index}", **options)(
+                hidden, train=train
+            )
+        head = nn.Dense(
+            self.num_classes,
+            use_bias=self.use_bias,
+            kernel_init=_HEAD_INITIALIZER,
+            dtype=self.dtype,
+            name="head",
+        )
         return head(hidden).astype("float32" if self.dtype is not None else hidden.dtype)

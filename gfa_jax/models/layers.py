@@ -17,9 +17,10 @@ _FLAX_NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 
 
 class Normalize(nn.Module):
-    """Maps images in [0, 1] to normalised units, ``(inputs - mean) / std``, inside the model: attacks see raw images.
+    """Maps images in [0, 1] to normalised units inside the model: attacks see raw images.
 
-    Its output is the first feature: what follows is homogeneous in it, not in the raw image.
+    Its output ``(inputs - mean) / std`` is the first feature: what follows is homogeneous in it,
+    not in the raw image.
 
     Attributes:
       mean: per channel, or one value for all.
@@ -31,8 +32,10 @@ class Normalize(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Array) -> Array:
-        """``[B, H, W, C] -> [B, H, W, C]`` in the inputs' dtype."""
-        mean, std = (jnp.asarray(value, inputs.dtype).reshape(1, 1, 1, -1) for value in (self.mean, self.std))
+        """Maps ``[B, H, W, C]`` to the same shape and dtype."""
+        mean, std = (
+            jnp.asarray(value, inputs.dtype).reshape(1, 1, 1, -1) for value in (self.mean, self.std)
+        )
         return (inputs - mean) / std
 
 
@@ -48,13 +51,15 @@ def conv_general_dilated(
     precision: Any = None,
     **kwargs: Any,
 ) -> Array:
-    """``lax.conv_general_dilated`` for ``nn.Conv(conv_general_dilated=...)``, with derivatives that are fast on CPU.
+    """``lax.conv_general_dilated`` with derivatives that are fast on CPU, for ``nn.Conv``.
 
-    XLA:CPU runs the transposed convolutions of a backward pass naively inside a while loop (jax issue 12868), and weight gradients, which
-    it sees as convolutions with image-sized kernels, naively everywhere. On CPU this writes the input gradient of a plain stride-1
-    convolution as an ordinary convolution with the flipped kernel, and the weight gradient as one matrix product for each kernel offset.
-    Values and derivatives of every order are those of ``lax`` up to rounding; forward-mode differentiation is not available there.
-    Other backends and other convolutions go straight to ``lax``.
+    It is given as ``nn.Conv(conv_general_dilated=...)``. XLA:CPU runs the transposed
+    convolutions of a backward pass naively inside a while loop (jax issue 12868), and weight
+    gradients, which it sees as convolutions with image-sized kernels, naively everywhere. On CPU
+    this writes the input gradient of a plain stride-1 convolution as an ordinary convolution with
+    the flipped kernel, and the weight gradient as one matrix product for each kernel offset. Values
+    and derivatives of every order are those of ``lax`` up to rounding; forward-mode differentiation
+    is not available there. Other backends and other convolutions go straight to ``lax``.
     """
     plain = (
         all(stride == 1 for stride in window_strides)
@@ -65,7 +70,9 @@ def conv_general_dilated(
         and dimension_numbers == _FLAX_NHWC
     )
     if plain and jax.default_backend() == "cpu":
-        return _convolve(_explicit_padding(padding, lhs.shape[1:3], rhs.shape[:2]), precision, lhs, rhs)
+        return _convolve(
+            _explicit_padding(padding, lhs.shape[1:3], rhs.shape[:2]), precision, lhs, rhs
+        )
     return lax.conv_general_dilated(
         lhs,
         rhs,
@@ -105,12 +112,18 @@ def _flip(kernel: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _convolve(pads: Pads, precision: Any, inputs: Array, kernel: Array) -> Array:
-    return lax.conv_general_dilated(inputs, kernel, (1, 1), pads, dimension_numbers=_NHWC, precision=precision)
+    return lax.conv_general_dilated(
+        inputs, kernel, (1, 1), pads, dimension_numbers=_NHWC, precision=precision
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _correlate(pads: Pads, precision: Any, inputs: Array, cotangent: Array) -> Array:
-    """The weight gradient: ``k[i, j, c, d] = sum over examples and positions p of padded_inputs[p + (i, j), c] cotangent[p, d]``."""
+    """The weight gradient ``k`` of a convolution.
+
+    ``k[i, j, c, d]`` is the sum over examples and positions ``p`` of
+    ``padded_inputs[p + (i, j), c] cotangent[p, d]``.
+    """
     height, width, channels = cotangent.shape[1:]
     if height * width < _MIN_POSITIONS_FOR_PRODUCTS:
         transposed = lax.conv_general_dilated(
@@ -131,29 +144,44 @@ def _correlate(pads: Pads, precision: Any, inputs: Array, cotangent: Array) -> A
         return jnp.matmul(left.T, right, precision=precision)
 
     rows, columns = padded.shape[1] - height + 1, padded.shape[2] - width + 1
-    return jnp.stack([jnp.stack([product(row, column) for column in range(columns)]) for row in range(rows)])
+    return jnp.stack(
+        [jnp.stack([product(row, column) for column in range(columns)]) for row in range(rows)]
+    )
 
 
-# Convolution and correlation are bilinear and each other's derivatives, so these two rules give every order of reverse mode.
+# Convolution and correlation are bilinear and each other's derivatives, so these two rules give
+# every order of reverse mode.
 
 
-def _convolve_fwd(pads: Pads, precision: Any, inputs: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+def _convolve_fwd(
+    pads: Pads, precision: Any, inputs: Array, kernel: Array
+) -> tuple[Array, tuple[Array, Array]]:
     return _convolve(pads, precision, inputs, kernel), (inputs, kernel)
 
 
-def _convolve_bwd(pads: Pads, precision: Any, residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+def _convolve_bwd(
+    pads: Pads, precision: Any, residuals: tuple[Array, Array], cotangent: Array
+) -> tuple[Array, Array]:
     inputs, kernel = residuals
-    inputs_grad = _convolve(_transposed_pads(pads, kernel.shape), precision, cotangent, _flip(kernel))
+    inputs_grad = _convolve(
+        _transposed_pads(pads, kernel.shape), precision, cotangent, _flip(kernel)
+    )
     return inputs_grad, _correlate(pads, precision, inputs, cotangent)
 
 
-def _correlate_fwd(pads: Pads, precision: Any, inputs: Array, cotangent: Array) -> tuple[Array, tuple[Array, Array]]:
+def _correlate_fwd(
+    pads: Pads, precision: Any, inputs: Array, cotangent: Array
+) -> tuple[Array, tuple[Array, Array]]:
     return _correlate(pads, precision, inputs, cotangent), (inputs, cotangent)
 
 
-def _correlate_bwd(pads: Pads, precision: Any, residuals: tuple[Array, Array], kernel: Array) -> tuple[Array, Array]:
+def _correlate_bwd(
+    pads: Pads, precision: Any, residuals: tuple[Array, Array], kernel: Array
+) -> tuple[Array, Array]:
     inputs, cotangent = residuals
-    inputs_grad = _convolve(_transposed_pads(pads, kernel.shape), precision, cotangent, _flip(kernel))
+    inputs_grad = _convolve(
+        _transposed_pads(pads, kernel.shape), precision, cotangent, _flip(kernel)
+    )
     return inputs_grad, _convolve(pads, precision, inputs, kernel)
 
 

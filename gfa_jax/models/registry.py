@@ -16,8 +16,8 @@ class ModelSpec:
     """One entry of the registry.
 
     Attributes:
-      factory: ``(num_classes, homogeneous, width, initializer, input_mean, input_std) -> module`` (all by keyword); the module's ``__call__``
-        is ``(inputs, train) -> logits``.
+      factory: ``(num_classes, homogeneous, width, initializer, input_mean, input_std) -> module``
+        (all by keyword); the module's ``__call__`` is ``(inputs, train) -> logits``.
       input_layer: the tap of the network's normalised input.
       hidden_layers: the pattern of the taps that are aligned by default.
       min_size: the smallest image height and width that the model takes.
@@ -67,13 +67,18 @@ MODELS: dict[str, ModelSpec] = {
     "cnn6": ModelSpec(
         factory=_small_cnn(((32, 32), (64, 64), (128, 128))),
         min_size=8,
-        description="6 convolutions of 32 to 128 channels with average pooling, for 32x32 images on a CPU.",
+        description=(
+            "6 convolutions of 32 to 128 channels with average pooling, for 32x32 images on a CPU."
+        ),
         **_CNN_TAPS,
     ),
     "cnn7": ModelSpec(
         factory=_cnn7,
         min_size=20,
-        description="4 convolutions and 3 dense layers, 1.15 M parameters: the 'cifar' network of MTandHJ/PyTorch-Robust.",
+        description=(
+            "4 convolutions and 3 dense layers, 1.15 M parameters: the 'cifar' network of "
+            "MTandHJ/PyTorch-Robust."
+        ),
         **_CNN_TAPS,
     ),
 }
@@ -94,8 +99,9 @@ def create(
     Args:
       name: a key of ``MODELS``.
       num_classes: logits, at least 2.
-      homogeneous: without biases and normalisation layers, so that every layer's map to the logits has degree 1 and alignment is possible;
-        otherwise the usual form with biases (and BatchNorm in ``cnn7``).
+      homogeneous: without biases and normalisation layers, so that every layer's map to the logits
+        has degree 1 and alignment is possible; otherwise the usual form with biases (and BatchNorm
+        in ``cnn7``).
       width: factor on all channel counts, > 0.
       initializer: ``he`` or ``orthogonal``.
       input_mean: subtracted from images inside the model, one value or one for each channel.

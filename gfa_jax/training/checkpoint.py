@@ -1,7 +1,8 @@
 """Checkpoints (the only orbax import).
 
-A checkpoint holds three items: ``model`` (parameters and model state, all that evaluation needs), ``training`` (step and optimiser state)
-and ``metadata`` (JSON). The latest and the best ones are kept. Saving is atomic: a killed save leaves the previous checkpoint the latest.
+A checkpoint holds three items: ``model`` (parameters and model state, all that evaluation needs),
+``training`` (step and optimiser state) and ``metadata`` (JSON). The latest and the best ones are
+kept. Saving is atomic: a killed save leaves the previous checkpoint the latest.
 """
 
 import pathlib
@@ -14,8 +15,6 @@ from orbax.checkpoint import checkpoint_managers
 
 from gfa_jax.training.state import TrainState
 from gfa_jax.types import ModelState, Params, PyTree
-
-_ITEMS = ("model", "training", "metadata")
 
 
 class IncompatibleCheckpointError(ValueError):
@@ -30,21 +29,31 @@ class Checkpoints:
 
         Args:
           directory: of the checkpoints, one folder a step.
-          metric: the name in ``save(metrics=...)`` whose largest values are the best; empty for none.
+          metric: the name in ``save(metrics=...)`` whose largest values are the best; empty for
+            none.
           keep_best: how many of the best are kept beside the latest.
         """
-        # max_to_keep with best_fn deletes the latest checkpoint when it is not among the best: training would resume in the past.
+        # max_to_keep with best_fn deletes the latest checkpoint when it is not among the best:
+        # training would resume in the past.
         keep: list[Any] = [checkpoint_managers.LatestN(1)]
         if metric and keep_best:
             keep.append(
                 checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: metrics[metric], n=keep_best, reverse=False, keep_checkpoints_without_metrics=False
+                    get_metric_fn=lambda metrics: metrics[metric],
+                    n=keep_best,
+                    reverse=False,
+                    keep_checkpoints_without_metrics=False,
                 )
             )
         self._metric = metric
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
-            item_names=_ITEMS,
+            # Named handlers let a fresh process read the leaves' shapes before it restores them.
+            item_handlers={
+                "model": ocp.StandardCheckpointHandler(),
+                "training": ocp.StandardCheckpointHandler(),
+                "metadata": ocp.JsonCheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
                 best_fn=(lambda metrics: metrics[metric]) if metric else None,
@@ -57,13 +66,20 @@ class Checkpoints:
         """The step of the latest checkpoint; ``None`` without any."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, metadata: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> None:
-        """Saves a state under its step; returns when it is on disk. A step that is saved already is left as it is.
+    def save(
+        self,
+        state: TrainState,
+        metadata: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Saves a state under its step; returns when it is on disk.
+
+        A step that is saved already is left as it is.
 
         Args:
           state: of the step to save.
           metadata: JSON-ready values that come back from ``restore_latest``.
-          metrics: plain floats; with the metric that chooses the best.
+          metrics: plain floats; without the metric that chooses the best, they are not stored.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -71,7 +87,9 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                model=ocp.args.StandardSave({"params": state.params, "model_state": state.model_state}),
+                model=ocp.args.StandardSave(
+                    {"params": state.params, "model_state": state.model_state}
+                ),
                 training=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
                 metadata=ocp.args.JsonSave(dict(metadata)),
             ),
@@ -83,7 +101,8 @@ class Checkpoints:
         """Returns the latest state and its metadata, or ``None`` without a checkpoint.
 
         Args:
-          template: a state of ``jax.ShapeDtypeStruct`` leaves with the shardings to restore to; any device count.
+          template: a state of ``jax.ShapeDtypeStruct`` leaves with the shardings to restore to; any
+            device count.
 
         Raises:
           IncompatibleCheckpointError: where names, shapes or dtypes differ, naming the leaves.
@@ -111,11 +130,14 @@ class Checkpoints:
         )
         return state, dict(restored["metadata"])
 
-    def restore_model(self, template: PyTree, which: str | int = "latest") -> tuple[Params, ModelState, int]:
+    def restore_model(
+        self, template: PyTree, which: str | int = "latest"
+    ) -> tuple[Params, ModelState, int]:
         """Returns parameters, model state and step of one checkpoint.
 
         Args:
-          template: ``{"params": ..., "model_state": ...}`` of ``jax.ShapeDtypeStruct`` leaves with shardings.
+          template: ``{"params": ..., "model_state": ...}`` of ``jax.ShapeDtypeStruct`` leaves with
+            shardings.
           which: ``latest``, ``best``, or a step.
 
         Raises:
@@ -123,12 +145,21 @@ class Checkpoints:
           IncompatibleCheckpointError: as ``restore_latest``.
         """
         steps = sorted(self._manager.all_steps())
-        choices: dict[str | int, int | None] = {"latest": self.latest_step, "best": self._best_step(), **{step: step for step in steps}}
+        choices: dict[str | int, int | None] = {
+            "latest": self.latest_step,
+            "best": self._best_step(),
+            **{step: step for step in steps},
+        }
         step = choices.get(int(which) if str(which).isdigit() else which)
         if step is None:
-            raise FileNotFoundError(f"checkpoint={which!r} does not exist in {self._manager.directory}; steps there: {steps or 'none'}.")
+            raise FileNotFoundError(
+                f"checkpoint={which!r} does not exist in {self._manager.directory}; "
+                f"steps there: {steps or 'none'}."
+            )
         _check_leaves(self._manager, step, "model", template)
-        restored = self._manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore(template)))["model"]
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(model=ocp.args.StandardRestore(template))
+        )["model"]
         return restored["params"], restored["model_state"], step
 
     def _best_step(self) -> int | None:
@@ -141,22 +172,32 @@ class Checkpoints:
 
 def _leaves(tree: PyTree) -> dict[str, tuple[tuple[int, ...], str]]:
     paths = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in paths}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (tuple(leaf.shape), str(leaf.dtype))
+        for path, leaf in paths
+    }
 
 
 def _check_leaves(manager: ocp.CheckpointManager, step: int, item: str, template: PyTree) -> None:
-    """Compares saved and expected leaves by name: orbax would cast dtypes silently and does not always name a leaf."""
-    saved_tree = getattr(manager.item_metadata(step)[item], "tree", manager.item_metadata(step)[item])
+    """Compares saved and expected leaves by name.
+
+    Orbax would cast dtypes silently and does not always name a leaf.
+    """
+    saved_tree = getattr(
+        manager.item_metadata(step)[item], "tree", manager.item_metadata(step)[item]
+    )
     saved, expected = _leaves(saved_tree), _leaves(template)
     problems = [f"{name} is missing" for name in expected if name not in saved]
     problems += [f"{name} is not part of the model" for name in saved if name not in expected]
     problems += [
-        f"{name} has shape {saved[name][0]} and dtype {saved[name][1]}, expected {expected[name][0]} and {expected[name][1]}"
+        f"{name} has shape {saved[name][0]} and dtype {saved[name][1]}, "
+        f"expected {expected[name][0]} and {expected[name][1]}"
         for name in expected
         if name in saved and saved[name] != expected[name]
     ]
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise IncompatibleCheckpointError(
-            f"checkpoint {manager.directory}/{step} does not fit: in {item}, {'; '.join(problems[:3])}{more}."
+            f"checkpoint {manager.directory}/{step} does not fit: in {item}, "
+            f"{'; '.join(problems[:3])}{more}."
         )

@@ -1,4 +1,7 @@
-"""The training loop: from a config and a folder to a trained model, stoppable and resumable at any moment."""
+"""The training loop: from a config and a folder to a trained model.
+
+Training can be stopped and resumed at any moment.
+"""
 
 import contextlib
 import dataclasses
@@ -34,7 +37,9 @@ def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in packages},
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})",
+        "devices": (
+            f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})"
+        ),
     }
 
 
@@ -50,7 +55,9 @@ def claim_workdir(workdir: pathlib.Path, config: TrainConfig) -> None:
         before = json.loads(path.read_text())["config"]
         if changed := config_lib.differences(before, values):
             raise WorkdirMismatchError(
-                f"workdir {str(workdir)!r} holds a run of another config:\n  " + "\n  ".join(changed) + "\nUse another workdir."
+                f"workdir {str(workdir)!r} holds a run of another config:\n  "
+                + "\n  ".join(changed)
+                + "\nUse another workdir."
             )
         return
     files.write_json(path, {"config": values, "versions": versions()})
@@ -58,7 +65,10 @@ def claim_workdir(workdir: pathlib.Path, config: TrainConfig) -> None:
 
 @contextlib.contextmanager
 def _stop_requests() -> Iterator[list[str]]:
-    """Collects SIGTERM and SIGINT instead of dying, so that the loop can save first. A second SIGINT interrupts at once."""
+    """Collects SIGTERM and SIGINT instead of dying, so that the loop can save first.
+
+    A SIGINT that follows either of them interrupts at once.
+    """
     requests: list[str] = []
 
     def request(number: int, frame: Any) -> None:
@@ -67,7 +77,9 @@ def _stop_requests() -> Iterator[list[str]]:
         requests.append(signal.Signals(number).name)
 
     try:
-        previous = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+        previous = {
+            number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)
+        }
     except ValueError:  # Not the main thread: signals are somebody else's.
         yield requests
         return
@@ -95,7 +107,10 @@ class _Run:
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
         """Places this process's share of a batch on its devices."""
         sharding = step.split(self.mesh)
-        return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+        return {
+            name: jax.make_array_from_process_local_data(sharding, value)
+            for name, value in batch.items()
+        }
 
     def train_batch(self, index: int) -> dict[str, Array]:
         batch = data.train_batch(
@@ -112,34 +127,47 @@ class _Run:
     def best_metric(self) -> str:
         if self.validation_set is None:
             return ""
-        return "eval/robust_accuracy" if self.config.loop.eval_attack_steps else "eval/clean_accuracy"
+        return (
+            "eval/robust_accuracy" if self.config.loop.eval_attack_steps else "eval/clean_accuracy"
+        )
 
 
-def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path, *, stop_after: int | None = None) -> dict[str, float]:
+def train_and_evaluate(
+    config: TrainConfig, workdir: str | pathlib.Path, *, stop_after: int | None = None
+) -> dict[str, float]:
     """Trains a model; run again after any kind of stop, it goes on from the latest checkpoint.
 
-    On one device, a resumed run gives bit-identical results to an uninterrupted one. Writes ``config.json``, ``metrics.jsonl`` and
-    ``checkpoints/`` under ``workdir``. SIGTERM and Ctrl-C save a checkpoint and return.
+    On one device, a resumed run gives bit-identical results to an uninterrupted one. Writes
+    ``config.json``, ``metrics.jsonl`` and ``checkpoints/`` under ``workdir``. SIGTERM and Ctrl-C
+    save a checkpoint and return.
 
     Args:
       config: the recipe.
       workdir: folder of the run.
-      stop_after: stop, saved, once this many steps are done (schedules still span the whole training).
+      stop_after: stop, saved, once this many steps are done (schedules still span the whole
+        training).
 
     Returns:
-      The last validation metrics (``eval/...``), or the last training metrics without a validation split.
+      The last validation metrics (``eval/...``), or the last training metrics without a validation
+      split.
 
     Raises:
-      ValueError: for a bad config, data that does not fit, or a folder of another config, before anything is compiled or written.
-      guards.TrainingFailedError: for a loss that is not finite or a collapse; the last good checkpoint stays.
+      ValueError: for a bad config, data that does not fit, or a folder of another config, before
+        anything is compiled or written.
+      guards.TrainingFailedError: for a loss that is not finite or a collapse; the last good
+        checkpoint stays.
     """
     workdir = pathlib.Path(workdir)
     config_lib.validate(config, num_devices=jax.device_count())
     train_set, validation_set = _load_data(config)
-    built = recipe.build(config, num_classes=train_set.num_classes, image_shape=train_set.image_shape)
+    built = recipe.build(
+        config, num_classes=train_set.num_classes, image_shape=train_set.image_shape
+    )
     run = _Run(config, built, step.data_mesh(), train_set, validation_set)
     claim_workdir(workdir, config)
-    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", metric=run.best_metric, keep_best=config.loop.keep_best)
+    checkpoints = checkpoint.Checkpoints(
+        workdir / "checkpoints", metric=run.best_metric, keep_best=config.loop.keep_best
+    )
     try:
         with jax.default_matmul_precision(config.precision), _stop_requests() as requests:
             return _train(run, workdir, checkpoints, requests, stop_after or config.train_steps)
@@ -148,35 +176,54 @@ def train_and_evaluate(config: TrainConfig, workdir: str | pathlib.Path, *, stop
 
 
 def _load_data(config: TrainConfig) -> tuple[data.Dataset, data.Dataset | None]:
-    options = {"data_dir": config.data.data_dir, "num_validation": config.data.num_validation}
-    train_set = data.load(config.data.name, "train", max_examples=config.data.max_train_examples, **options)
+    options: dict[str, Any] = {
+        "data_dir": config.data.data_dir,
+        "num_validation": config.data.num_validation,
+    }
+    train_set = data.load(
+        config.data.name, "train", max_examples=config.data.max_train_examples, **options
+    )
     if not config.data.num_validation:
         return train_set, None
-    return train_set, data.load(config.data.name, "validation", max_examples=config.loop.eval_examples, **options)
+    return train_set, data.load(
+        config.data.name, "validation", max_examples=config.loop.eval_examples, **options
+    )
 
 
 def _train(
-    run: _Run, workdir: pathlib.Path, checkpoints: checkpoint.Checkpoints, requests: list[str], last_step: int
+    run: _Run,
+    workdir: pathlib.Path,
+    checkpoints: checkpoint.Checkpoints,
+    requests: list[str],
+    last_step: int,
 ) -> dict[str, float]:
     config, built = run.config, run.recipe
     everywhere = step.replicated(run.mesh)
-    init_key, train_key = (jax.device_put(np.asarray(k), everywhere) for k in _raw_keys(config.seed))
+    init_key, train_key = (
+        jax.device_put(np.asarray(k), everywhere) for k in _raw_keys(config.seed)
+    )
     init_key, train_key = jax.random.wrap_key_data(init_key), jax.random.wrap_key_data(train_key)
 
     def init(key: Array) -> state.TrainState:
         return state.create(built.module, built.optimizer, key, built.image_shape)
 
     shapes = jax.eval_shape(init, init_key)
-    template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes)
+    template = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes
+    )
     restored = checkpoints.restore_latest(template)
-    current, metadata = restored or (jax.jit(init, out_shardings=everywhere)(init_key), {"train_seconds": 0.0})
+    current, metadata = restored or (
+        jax.jit(init, out_shardings=everywhere)(init_key),
+        {"train_seconds": 0.0},
+    )
     first_step = int(current.step)
     seconds_before = float(metadata["train_seconds"])
     writer = MetricsWriter(workdir / "metrics.jsonl", resume_step=first_step)
     progress = Progress("train", config.train_steps, first_step)
     progress.say(
-        f"{config.model.name}: {state.num_params(shapes.params):,} parameters, {len(run.train_set)} training examples, "
-        f"{versions()['devices']}" + (f"; resumed at step {first_step}" if restored else "")
+        f"{config.model.name}: {state.num_params(shapes.params):,} parameters, "
+        f"{len(run.train_set)} training examples, {versions()['devices']}"
+        + (f"; resumed at step {first_step}" if restored else "")
     )
 
     def evaluate(current: state.TrainState) -> dict[str, float]:
@@ -185,12 +232,17 @@ def _train(
         with progress.chrono.paused():
             result = evaluator(current)
         writer.write(int(current.step), result)
-        progress.say(f"step {int(current.step)}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
+        progress.say(
+            f"step {int(current.step)}: "
+            + ", ".join(f"{name} {value:.4f}" for name, value in result.items())
+        )
         return result
 
     def save(current: state.TrainState, metrics: Mapping[str, float]) -> None:
         with progress.chrono.paused():
-            checkpoints.save(current, {"train_seconds": seconds_before + progress.chrono.seconds}, metrics)
+            checkpoints.save(
+                current, {"train_seconds": seconds_before + progress.chrono.seconds}, metrics
+            )
 
     evaluator = _make_evaluator(run)
     guard = guards.CollapseGuard(run.train_set.num_classes)
@@ -198,14 +250,24 @@ def _train(
     try:
         if first_step < last_step:
             with progress.chrono.paused():
-                train_step = step.make_train_step(
-                    built.module, built.objective_at, built.optimizer, layers=built.train_layers, augment=built.augment, mesh=run.mesh
+                jitted_step = step.make_train_step(
+                    built.module,
+                    built.objective_at,
+                    built.optimizer,
+                    layers=built.train_layers,
+                    augment=built.augment,
+                    mesh=run.mesh,
                 )
-                train_step = train_step.lower(current, run.train_batch(first_step), train_key).compile()  # type: ignore[attr-defined]
+                train_step = jitted_step.lower(
+                    current, run.train_batch(first_step), train_key
+                ).compile()
         pending: tuple[int, Mapping[str, Array]] | None = None
 
         def settle() -> dict[str, float]:
-            """Reads the metrics of the step before, which has run while the host was busy; logs and judges them."""
+            """Reads, judges and logs the metrics of the pending step.
+
+            It is the step before the one just started, and has run while the host was busy.
+            """
             if pending is None:
                 return {}
             number, values = pending[0], _to_floats(pending[1])
@@ -214,8 +276,19 @@ def _train(
             rate = config.batch_size * (number - first_step) / max(progress.chrono.seconds, 1e-9)
             if number % config.loop.log_every == 0 or number == last_step:
                 named = {f"train/{name}": value for name, value in values.items()}
-                writer.write(number, {**named, "train/learning_rate": float(built.learning_rate(number - 1)), "examples_per_second": rate})
-            progress.update(number, f"{rate:.0f} examples/s  loss {values['loss']:.3f}  accuracy {values['accuracy']:.3f}")
+                writer.write(
+                    number,
+                    {
+                        **named,
+                        "train/learning_rate": float(built.learning_rate(number - 1)),
+                        "examples_per_second": rate,
+                    },
+                )
+            progress.update(
+                number,
+                f"{rate:.0f} examples/s  loss {values['loss']:.3f}  "
+                f"accuracy {values['accuracy']:.3f}",
+            )
             return {f"train/{name}": value for name, value in values.items()}
 
         for index in range(first_step, last_step):
@@ -225,8 +298,14 @@ def _train(
             pending = number, metrics
             stop = bool(requests)
             at_end = number == last_step
-            at_eval = at_end or bool(config.loop.eval_every and number % config.loop.eval_every == 0)
-            at_save = stop or at_eval or bool(config.loop.checkpoint_every and number % config.loop.checkpoint_every == 0)
+            at_eval = at_end or bool(
+                config.loop.eval_every and number % config.loop.eval_every == 0
+            )
+            at_save = (
+                stop
+                or at_eval
+                or bool(config.loop.checkpoint_every and number % config.loop.checkpoint_every == 0)
+            )
             if at_save:
                 # A state is saved only after its own metrics were found finite.
                 result = settle()
@@ -239,7 +318,10 @@ def _train(
                 return result
         if not result:
             result = evaluate(current)
-        progress.say(f"done: {config.train_steps} steps, {format_seconds(seconds_before + progress.chrono.seconds)} of training.")
+        progress.say(
+            f"done: {config.train_steps} steps, "
+            f"{format_seconds(seconds_before + progress.chrono.seconds)} of training."
+        )
         return result
     finally:
         progress.close()
@@ -258,9 +340,16 @@ def _make_evaluator(run: _Run) -> Any:
     if config.loop.eval_attack_steps:
         attack = attacks.create("pgd-margin", built.threat, num_steps=config.loop.eval_attack_steps)
     eval_step = step.make_eval_step(
-        built.module, layers=built.layers, layer_norms=built.layer_norms, attack=attack, to_float=data.to_float, mesh=run.mesh
+        built.module,
+        layers=built.layers,
+        layer_norms=built.layer_norms,
+        attack=attack,
+        to_float=data.to_float,
+        mesh=run.mesh,
     )
-    key = jax.device_put(jax.random.fold_in(jax.random.key(config.seed), _EVAL_KEY), step.replicated(run.mesh))
+    key = jax.device_put(
+        jax.random.fold_in(jax.random.key(config.seed), _EVAL_KEY), step.replicated(run.mesh)
+    )
     # Every device gets the same number of examples; the padding is masked.
     batch_size = -(-config.loop.eval_batch_size // jax.device_count()) * jax.device_count()
 

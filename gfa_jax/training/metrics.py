@@ -8,7 +8,7 @@ from gfa_jax import files
 
 
 def read(path: pathlib.Path) -> list[dict[str, float]]:
-    """Returns the lines of a metrics file; an unfinished last line, as a crash leaves it, is dropped."""
+    """Returns the lines of a metrics file, without the unfinished last line that a crash leaves."""
     if not path.exists():
         return []
     rows = []
@@ -23,7 +23,8 @@ def read(path: pathlib.Path) -> list[dict[str, float]]:
 class MetricsWriter:
     """Appends lines to ``metrics.jsonl``.
 
-    A run that resumes from step n first drops the lines after n: training repeats those steps and writes them again.
+    A run that resumes from step n first drops the lines after n: training repeats those steps and
+    writes them again.
     """
 
     def __init__(self, path: pathlib.Path, *, resume_step: int) -> None:

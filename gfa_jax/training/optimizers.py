@@ -13,8 +13,9 @@ def schedule(
     """Returns a learning-rate schedule of the step.
 
     Args:
-      name: ``constant``; ``cosine`` (to 0); ``onecycle`` (linear from peak / 25 over ``warmup_fraction``, then cosine to peak / 1e4); ``step``
-        (x 0.1 at 1/2 and 3/4 of training). All but ``onecycle`` start with a linear warm-up over ``warmup_fraction``.
+      name: ``constant``; ``cosine`` (to 0); ``onecycle`` (linear from peak / 25 over
+        ``warmup_fraction``, then cosine to peak / 1e4); ``step`` (x 0.1 at 1/2 and 3/4 of
+        training). All but ``onecycle`` start with a linear warm-up over ``warmup_fraction``.
       learning_rate: the peak.
       num_steps: of the whole training.
       warmup_fraction: in [0, 1].
@@ -25,16 +26,22 @@ def schedule(
     warmup_steps = round(warmup_fraction * num_steps)
     if name == "onecycle":
         first, last = learning_rate / 25, learning_rate / 1e4
-        return optax.schedules.warmup_cosine_decay_schedule(first, learning_rate, warmup_steps, num_steps, last)
+        return optax.schedules.warmup_cosine_decay_schedule(
+            first, learning_rate, warmup_steps, num_steps, last
+        )
     if name == "constant":
         main: optax.Schedule = optax.schedules.constant_schedule(learning_rate)
     elif name == "cosine":
-        main = optax.schedules.cosine_decay_schedule(learning_rate, max(1, num_steps - warmup_steps))
+        main = optax.schedules.cosine_decay_schedule(
+            learning_rate, max(1, num_steps - warmup_steps)
+        )
     elif name == "step":
         drops = {num_steps // 2 - warmup_steps: 0.1, 3 * num_steps // 4 - warmup_steps: 0.1}
         main = optax.schedules.piecewise_constant_schedule(learning_rate, drops)
     else:
-        raise ValueError(f"schedule={name!r} is not one of ['constant', 'cosine', 'onecycle', 'step'].")
+        raise ValueError(
+            f"schedule={name!r} is not one of ['constant', 'cosine', 'onecycle', 'step']."
+        )
     if warmup_steps == 0:
         return main
     warmup = optax.schedules.linear_schedule(0.0, learning_rate, warmup_steps)
@@ -42,17 +49,26 @@ def schedule(
 
 
 def is_kernel(params: Params) -> Params:
-    """Returns the weight-decay mask: true for leaves of two or more axes, so that biases and normalisation scales stay free."""
+    """Returns the weight-decay mask: true for leaves of two or more axes.
+
+    Biases and normalisation scales stay free of decay.
+    """
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
 def create(
-    name: str, learning_rate: optax.Schedule, *, momentum: float, weight_decay: float, clip_norm: float
+    name: str,
+    learning_rate: optax.Schedule,
+    *,
+    momentum: float,
+    weight_decay: float,
+    clip_norm: float,
 ) -> optax.GradientTransformation:
-    """Returns the chain: clip by global norm, update rule with weight decay on kernels, learning rate.
+    """Returns the chain: clip by global norm, update rule with decay on kernels, learning rate.
 
     Args:
-      name: ``adamw`` (decoupled decay) or ``sgd`` (Nesterov; decay is added to the gradient, as in the field's recipes).
+      name: ``adamw`` (decoupled decay) or ``sgd`` (Nesterov; decay is added to the gradient, as in
+        the field's recipes).
       learning_rate: schedule.
       momentum: of sgd.
       weight_decay: >= 0.
@@ -64,6 +80,8 @@ def create(
     _validate.one_of(("adamw", "sgd"), optimizer=name)
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
     if name == "adamw":
-        return optax.chain(clip, optax.adamw(learning_rate, weight_decay=weight_decay, mask=is_kernel))
+        return optax.chain(
+            clip, optax.adamw(learning_rate, weight_decay=weight_decay, mask=is_kernel)
+        )
     decay = optax.add_decayed_weights(weight_decay, mask=is_kernel)
     return optax.chain(clip, decay, optax.sgd(learning_rate, momentum=momentum, nesterov=True))

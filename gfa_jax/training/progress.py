@@ -17,7 +17,11 @@ class Chrono:
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Starts at zero, running. The clock is monotonic, so a change of the system time does no harm."""
+        """Starts at zero, running.
+
+        Args:
+          clock: gives seconds. The default is monotonic: a change of the system time does no harm.
+        """
         self._clock = clock
         self._started: float = clock()
         self._before = 0.0
@@ -47,14 +51,23 @@ def format_seconds(seconds: float) -> str:
 class Progress:
     """A live bar on a terminal; elsewhere a line every few seconds."""
 
-    def __init__(self, label: str, total: int, done: int = 0, *, console: rich.console.Console | None = None, line_every: float = 10.0) -> None:
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        done: int = 0,
+        *,
+        console: rich.console.Console | None = None,
+        line_every: float = 10.0,
+    ) -> None:
         """Shows ``label`` and counts from ``done`` to ``total``.
 
         Args:
           label: what is running.
           total: of the units that ``update`` counts.
           done: where a resumed run starts.
-          console: where to print; standard error by default, so that results on standard output stay clean.
+          console: where to print; standard error by default, so that results on standard output
+            stay clean.
           line_every: seconds between lines where there is no terminal.
         """
         self.console = console or rich.console.Console(file=sys.stderr, highlight=False)
@@ -63,7 +76,12 @@ class Progress:
         self.chrono = Chrono()
         self._bar: rich.progress.Progress | None = None
         if self.console.is_terminal:
-            columns = ("{task.description}", rich.progress.BarColumn(), "{task.completed}/{task.total}", "{task.fields[note]}")
+            columns = (
+                "{task.description}",
+                rich.progress.BarColumn(),
+                "{task.completed}/{task.total}",
+                "{task.fields[note]}",
+            )
             self._bar = rich.progress.Progress(*columns, console=self.console, transient=True)
             self._bar.start()
             self._task = self._bar.add_task(label, total=total, completed=done, note="")
@@ -77,7 +95,9 @@ class Progress:
             self._bar.update(self._task, completed=done, note=text)
         elif time.monotonic() - self._last_line >= self._line_every or done == self._total:
             self._last_line = time.monotonic()
-            self.console.print(f"{self._label} {done}/{self._total}  {text}", markup=False, soft_wrap=True)
+            self.console.print(
+                f"{self._label} {done}/{self._total}  {text}", markup=False, soft_wrap=True
+            )
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""

@@ -1,4 +1,4 @@
-"""From a config to the functions that training and evaluation run: the one place that translates."""
+"""From a config to the functions that training and evaluation run: the one translator."""
 
 import dataclasses
 from collections.abc import Callable
@@ -54,13 +54,17 @@ def build(config: TrainConfig, *, num_classes: int, image_shape: tuple[int, ...]
     height, width, channels = image_shape
     if min(height, width) < spec.min_size:
         raise ValueError(
-            f"config.model.name={config.model.name!r} needs images of at least {spec.min_size}x{spec.min_size}; "
-            f"config.data.name={config.data.name!r} has {height}x{width}."
+            f"config.model.name={config.model.name!r} needs images of at least "
+            f"{spec.min_size}x{spec.min_size}; config.data.name={config.data.name!r} has "
+            f"{height}x{width}."
         )
     for field in ("input_mean", "input_std"):
         values = getattr(config.model, field)
         if len(values) not in (1, channels):
-            raise ValueError(f"config.model.{field}={values} must have 1 or {channels} values, for images of {channels} channels.")
+            raise ValueError(
+                f"config.model.{field}={values} must have 1 or {channels} values, for images of "
+                f"{channels} channels."
+            )
     module = models.create(
         config.model.name,
         num_classes=num_classes,
@@ -86,12 +90,21 @@ def build(config: TrainConfig, *, num_classes: int, image_shape: tuple[int, ...]
     hidden = config.gfa.hidden_layers or spec.hidden_layers
     input_norm = config.threat.norm if config.gfa.input_norm == "threat" else config.gfa.input_norm
     aligned = {spec.input_layer: config.gfa.input_weight, hidden: config.gfa.hidden_weight}
-    train_layers = tuple(layer for layer, weight in aligned.items() if weight > 0) if config.gfa.weight > 0 else ()
+    train_layers = (
+        tuple(layer for layer, weight in aligned.items() if weight > 0)
+        if config.gfa.weight > 0
+        else ()
+    )
     if config.gfa.weight > 0 and not train_layers:
-        raise ValueError("config.gfa.input_weight=0 and config.gfa.hidden_weight=0 leave no layer to align: set config.gfa.weight=0 for none.")
+        raise ValueError(
+            "config.gfa.input_weight=0 and config.gfa.hidden_weight=0 leave no layer to align: set "
+            "config.gfa.weight=0 for none."
+        )
 
     def augment(key: Array, images: Array) -> Array:
-        return random_crop_flip(key, to_float(images), padding=config.data.crop_padding, flip=config.data.flip)
+        return random_crop_flip(
+            key, to_float(images), padding=config.data.crop_padding, flip=config.data.flip
+        )
 
     return Recipe(
         module=module,
@@ -100,7 +113,11 @@ def build(config: TrainConfig, *, num_classes: int, image_shape: tuple[int, ...]
         layers=(spec.input_layer, spec.hidden_layers),
         layer_norms={spec.input_layer: input_norm},
         train_layers=train_layers,
-        objective_at=_objective_at(config, {layer: aligned[layer] for layer in train_layers}, {spec.input_layer: input_norm}),
+        objective_at=_objective_at(
+            config,
+            {layer: aligned[layer] for layer in train_layers},
+            {spec.input_layer: input_norm},
+        ),
         learning_rate=learning_rate,
         optimizer=optimizer,
         augment=augment,
@@ -108,7 +125,10 @@ def build(config: TrainConfig, *, num_classes: int, image_shape: tuple[int, ...]
 
 
 def _ramp(final: float, fraction: float, num_steps: int) -> Callable[[Array], float | Array]:
-    """Returns a rise from 0 to ``final`` over a share of training; a plain number where it does not change."""
+    """Returns a linear rise from 0 to ``final`` over a share of training.
+
+    Where nothing changes, it gives a plain number.
+    """
     steps = round(fraction * num_steps)
     if final == 0 or steps == 0:
         return lambda step: final
@@ -125,7 +145,9 @@ def _objective_at(
         objective = objectives.gfa(
             weight_at(step),
             layer_weights=layer_weights,
-            layer_norms={layer: norm for layer, norm in layer_norms.items() if layer in layer_weights},
+            layer_norms={
+                layer: norm for layer, norm in layer_norms.items() if layer in layer_weights
+            },
             target=config.gfa.target,
             form=config.gfa.form,
             second_order=config.gfa.second_order,
@@ -136,11 +158,20 @@ def _objective_at(
         epsilon = epsilon_at(step)
         threat = ThreatModel(norm=config.threat.norm, epsilon=epsilon)
         # The step size follows the radius through its warm-up.
-        share = None if config.attack.step_size is None else config.attack.step_size / config.threat.epsilon
-        attack = attacks.create(config.attack.name, threat, **_attack_options(config, None if share is None else share * epsilon))
+        share = (
+            None
+            if config.attack.step_size is None
+            else config.attack.step_size / config.threat.epsilon
+        )
+        attack = attacks.create(
+            config.attack.name,
+            threat,
+            **_attack_options(config, None if share is None else share * epsilon),
+        )
         return objectives.adversarial(attack, objective, attack_train_mode=config.attack.train_mode)
 
-    jax.eval_shape(lambda step: (objective_at(step), step)[1], jax.ShapeDtypeStruct((), "int32"))  # Raises on bad options now.
+    # Raises on bad options now.
+    jax.eval_shape(lambda step: (objective_at(step), step)[1], jax.ShapeDtypeStruct((), "int32"))
     return objective_at
 
 

@@ -11,7 +11,9 @@ from gfa_jax.types import Array, ModelState, Params, PyTree
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a step reads and writes. Keys are not part of it: they are functions of the seed and the step.
+    """Everything that a step reads and writes.
+
+    Keys are not part of it: they are functions of the seed and the step.
 
     Attributes:
       step: int32 scalar, optimiser steps taken.
@@ -26,7 +28,9 @@ class TrainState:
     opt_state: PyTree
 
 
-def create(module: nn.Module, tx: optax.GradientTransformation, key: Array, image_shape: tuple[int, ...]) -> TrainState:
+def create(
+    module: nn.Module, tx: optax.GradientTransformation, key: Array, image_shape: tuple[int, ...]
+) -> TrainState:
     """Initialises a model and its optimiser; traceable.
 
     Args:

@@ -1,7 +1,8 @@
 """The compiled training and validation steps: the only place that jits a step.
 
-Batches are sharded over the one axis of the mesh, state is replicated; XLA inserts the collectives. The same code runs on one CPU
-and on a pod, and a step's result does not depend on the device count beyond float rounding.
+Batches are sharded over the one axis of the mesh, state is replicated; XLA inserts the collectives.
+The same code runs on one CPU and on a pod, and a step's result does not depend on the device count
+beyond float rounding.
 """
 
 import functools
@@ -21,7 +22,8 @@ from gfa_jax.types import Array, AttackFn, Batch, Metrics, ModelState, Objective
 
 DATA_AXIS = "data"
 
-TrainStep = Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]
+TrainStep = jax.stages.Wrapped
+"""Jitted ``(state, batch, key) -> (state, metrics)``."""
 AugmentFn = Callable[[Array, Array], Array]
 """``(key, images as stored [B, H, W, C]) -> float32 inputs in [0, 1]``."""
 
@@ -29,7 +31,10 @@ AugmentFn = Callable[[Array, Array], Array]
 def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """Returns a mesh of one axis, ``data``, over all (or the given) devices."""
     return jax.make_mesh(
-        (len(devices or jax.devices()),), (DATA_AXIS,), devices=devices, axis_types=(jax.sharding.AxisType.Auto,)
+        (len(devices or jax.devices()),),
+        (DATA_AXIS,),
+        devices=devices,
+        axis_types=(jax.sharding.AxisType.Auto,),
     )
 
 
@@ -56,7 +61,8 @@ def make_train_step(
 
     Args:
       module: linen classifier, ``(inputs, train) -> logits``.
-      objective_at: the objective at a (traced) step number, so that weights and radii follow schedules.
+      objective_at: the objective at a (traced) step number, so that weights and radii follow
+        schedules.
       tx: the optimiser.
       layers: tap patterns of the objective; empty for an objective without taps.
       augment: turns stored images into inputs, on device.
@@ -90,19 +96,38 @@ def make_train_step(
 
 
 def make_eval_step(
-    module: nn.Module, *, layers: Sequence[str], layer_norms: dict[str, str], attack: AttackFn | None, to_float: Callable[[Array], Array], mesh: Mesh
+    module: nn.Module,
+    *,
+    layers: Sequence[str],
+    layer_norms: dict[str, str],
+    attack: AttackFn | None,
+    to_float: Callable[[Array], Array],
+    mesh: Mesh,
 ) -> Callable[[Params, ModelState, Batch, Array], Metrics]:
     """Returns the jitted ``(params, model_state, batch, key) -> masked sums over the batch``.
 
-    Sums: ``num_examples``, ``clean_accuracy``, ``cross_entropy``, ``alignment/<tap>`` (of the log-odds target), and ``robust_accuracy`` where
-    an attack is given. The batch holds ``inputs``, ``labels``, ``ids`` and ``mask``.
+    The sums are ``num_examples``, ``clean_accuracy``, ``cross_entropy``, ``alignment/<tap>`` (of
+    the log-odds target), and ``robust_accuracy`` where an attack is given. The batch holds
+    ``inputs``, ``labels``, ``ids`` and ``mask``.
+
+    Args:
+      module: linen classifier, ``(inputs, train) -> logits``.
+      layers: tap patterns whose alignment is measured.
+      layer_norms: the norm of each tap that is not l2.
+      attack: judges robustness; ``None`` for clean measures only.
+      to_float: turns stored images into inputs, on device.
+      mesh: from ``data_mesh``.
     """
 
     def eval_step(params: Params, model_state: ModelState, batch: Batch, key: Array) -> Metrics:
-        model = functools.partial(taps.linen_model(module, model_state, layers=layers), params, train=False)
+        model = functools.partial(
+            taps.linen_model(module, model_state, layers=layers), params, train=False
+        )
         inputs, labels, mask = to_float(batch["inputs"]), batch["labels"], batch["mask"]
         apply_fn = lambda tap_values, inputs: model(tap_values, inputs)[0]  # noqa: E731
-        logits, features, grads = taps.feature_gradients(apply_fn, inputs, labels, target="log_odds")
+        logits, features, grads = taps.feature_gradients(
+            apply_fn, inputs, labels, target="log_odds"
+        )
         per_example = {
             "num_examples": jnp.ones(labels.shape),
             "clean_accuracy": jnp.argmax(logits, axis=1) == labels,
@@ -110,11 +135,18 @@ def make_eval_step(
         }
         for name in features:
             norm = layer_norms.get(name, "l2")
-            per_example[f"alignment/{name}"] = alignment.alignment(features[name], grads[name], norm)
+            per_example[f"alignment/{name}"] = alignment.alignment(
+                features[name], grads[name], norm
+            )
         if attack is not None:
-            result = attack(lambda x: apply_fn({}, x)[0], example_keys(key, batch["ids"]), inputs, labels)
+            result = attack(
+                lambda x: apply_fn({}, x)[0], example_keys(key, batch["ids"]), inputs, labels
+            )
             per_example["robust_accuracy"] = ~result.success
-        return {name: jnp.sum(jnp.where(mask, value, 0).astype(jnp.float32)) for name, value in per_example.items()}
+        return {
+            name: jnp.sum(jnp.where(mask, value, 0).astype(jnp.float32))
+            for name, value in per_example.items()
+        }
 
     return jax.jit(
         eval_step,

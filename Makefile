@@ -1,0 +1,52 @@
+# make demo    installs, trains a standard and a GFA classifier on digits, evaluates both, writes runs/demo/report.html
+# make test    installs, runs the tests
+# PYTHON=python3.12 chooses the interpreter; each interpreter has a virtual environment of its own.
+
+PYTHON ?= python3
+VENV ?= .venv-$(notdir $(PYTHON))
+BIN := $(VENV)/bin
+DEMO ?= runs/demo
+export JAX_PLATFORMS ?=
+
+.PHONY: demo test test-slow test-parity lint format install install-parity clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gfa_jax needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+install: $(VENV)/.installed
+
+demo: install
+	$(BIN)/python train.py --config configs/digits_standard.py --workdir $(DEMO)/standard
+	$(BIN)/python train.py --config configs/digits_gfa.py --workdir $(DEMO)/gfa
+	$(BIN)/python eval.py --workdir $(DEMO)/standard
+	$(BIN)/python eval.py --workdir $(DEMO)/gfa
+	$(BIN)/python -m gfa_jax.evaluation.compare $(DEMO)/standard/eval $(DEMO)/gfa/eval --out $(DEMO)/report.html
+
+test: install
+	$(BIN)/python -m pytest
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+install-parity: install
+	$(BIN)/python -m pip install --quiet --editable '.[parity]'
+
+test-parity: install-parity
+	$(BIN)/python -m pytest -m parity
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv-* build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

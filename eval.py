@@ -1,0 +1,21 @@
+"""Evaluates a trained run.
+
+    python eval.py --workdir runs/digits_gfa --attacks fgsm,pgd,pgd-margin --epsilon 0.15
+
+This file is intentionally short: the driver is ``gfa_jax.evaluation.evaluate``.
+"""
+
+from gfa_jax import cli
+from gfa_jax.evaluation import evaluate, report
+
+
+def main() -> None:
+    """Parses flags, evaluates and prints the table."""
+    description = "Attacks a run of train.py and writes results.json, records and report.html."
+    flags = cli.parse(evaluate.EvalFlags, description=description)
+    results = cli.run_or_fail(lambda: evaluate.evaluate(flags))
+    report.print_table([results])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Evaluations side by side.
+
+    python -m gfa_jax.evaluation.compare RUN/eval RUN/eval --out report.html
+
+Prints the accuracy table and writes one report for all.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from gfa_jax import cli
+from gfa_jax.evaluation import report
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareFlags:
+    """Flags of the comparison."""
+
+    evaluations: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Output folders of eval.py."""
+    out: str = "report.html"
+    """The page to write."""
+
+
+def compare(evaluations: Sequence[str], out: str) -> list[report.Results]:
+    """Writes the report of several evaluations and returns their results.
+
+    Raises:
+      ValueError: for no evaluation, or evaluations at different threats, data or numbers of images:
+        their rows would not compare.
+      FileNotFoundError: for a folder without results.
+    """
+    if not evaluations:
+        raise ValueError("evaluations is empty: give the output folders of eval.py.")
+    loaded = [report.load_evaluation(pathlib.Path(directory)) for directory in evaluations]
+    for field in ("threat", "data", "num_examples"):
+        values = {
+            directory: results[field]
+            for directory, (results, _) in zip(evaluations, loaded, strict=True)
+        }
+        if any(value != loaded[0][0][field] for value in values.values()):
+            raise ValueError(
+                f"evaluations differ in {field}, so their accuracies do not compare: {values}."
+            )
+    report.write_report(loaded, pathlib.Path(out))
+    return [results for results, _ in loaded]
+
+
+def main() -> None:
+    """Parses flags, compares and prints the table."""
+    flags = cli.parse(
+        CompareFlags, description="Compares evaluations: a table here, and one HTML report."
+    )
+    results = cli.run_or_fail(lambda: compare(flags.evaluations, flags.out))
+    report.print_table(results)
+    print(f"report: {flags.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,410 @@
+"""The evaluation driver: attacks a trained run, measures its geometry, and writes a report."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gfa_jax import _validate, attacks, data, files, norms
+from gfa_jax import config as config_lib
+from gfa_jax.evaluation import diagnostics, geometry, loading, records, report
+from gfa_jax.threat import ThreatModel
+from gfa_jax.training import loop, step
+from gfa_jax.training.progress import Progress
+from gfa_jax.types import Array, AttackFn, AttackResult, Batch
+
+CURVE_ATTACK = "pgd-margin"
+CURVE_FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+LENGTHS = tuple(np.linspace(-0.5, 0.5, 21).round(3).tolist())
+_CURVE_EXAMPLES = 500
+_SHOWN_EXAMPLES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalFlags:
+    """Flags of ``eval.py``."""
+
+    workdir: str
+    """Folder of the run, as given to train.py."""
+    attacks: str = "fgsm,pgd,pgd-margin"
+    """Comma-separated attacks; options after colons: pgd-margin:num_steps=100:num_restarts=5."""
+    norm: str | None = None
+    """linf, l2 or l1; by default that of the run's threat model."""
+    epsilon: float | None = None
+    """Radius for images in [0, 1], such as 8/255; by default that of the run's threat model."""
+    num_examples: int | None = None
+    """The first so many test examples; all by default."""
+    batch_size: int = 200
+    """Examples attacked at once, over all devices."""
+    checkpoint: str = "latest"
+    """latest, best (on the validation split) or a step."""
+    seed: int = 0
+    """Of the attacks' random starts."""
+    out: str | None = None
+    """Folder of the results; WORKDIR/eval by default."""
+
+
+def parse_attack(spec: str) -> tuple[str, dict[str, Any]]:
+    """Parses ``name[:option=value[:option=value]]``.
+
+    Raises:
+      ValueError: for an unknown attack or option, or a part that is not ``option=value``.
+    """
+    name, *parts = spec.strip().split(":")
+    known = attacks.options_of(name)
+    options: dict[str, Any] = {}
+    for part in parts:
+        option, separator, text = part.partition("=")
+        if not separator:
+            raise ValueError(
+                f"attacks={spec!r}: {part!r} is not option=value, such as num_steps=100."
+            )
+        _validate.known_options(f"attack {name!r}", {option: text}, known)
+        options[option] = _parse_value(text)
+    return name, options
+
+
+def _parse_value(text: str) -> Any:
+    if re.fullmatch(r"[+-]?\d+", text):
+        return int(text)
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        numerator, _, denominator = text.partition("/")
+        return float(numerator) / float(denominator or 1)
+    except (ValueError, ZeroDivisionError):
+        return text
+
+
+def evaluate(flags: EvalFlags) -> dict[str, Any]:
+    """Evaluates a run and writes the results, the records and a report.
+
+    The files are ``results.json``, ``records/``, ``examples.npz`` and ``report.html``. An
+    evaluation that was stopped goes on with the attacks and chunks that are missing.
+
+    Args:
+      flags: see ``EvalFlags``.
+
+    Returns:
+      The content of ``results.json``.
+
+    Raises:
+      ValueError: for flags out of range, unknown attacks or options, or an output folder of another
+        evaluation.
+      FileNotFoundError: for a missing run, checkpoint or data set.
+    """
+    _validate.positive_integer(batch_size=flags.batch_size)
+    if flags.num_examples is not None:
+        _validate.positive_integer(num_examples=flags.num_examples)
+    specs = [spec.strip() for spec in flags.attacks.split(",") if spec.strip()]
+    if not specs:
+        raise ValueError(
+            f"attacks={flags.attacks!r} names no attack; known are {sorted(attacks.REGISTRY)}."
+        )
+    parsed = {spec: parse_attack(spec) for spec in specs}
+    workdir = pathlib.Path(flags.workdir)
+    run = loading.load_run(workdir, which=flags.checkpoint, num_examples=flags.num_examples)
+    threat = ThreatModel(
+        norm=flags.norm or run.config.threat.norm,
+        epsilon=run.config.threat.epsilon if flags.epsilon is None else flags.epsilon,
+    )
+    built = {
+        spec: attacks.create(name, threat, **options) for spec, (name, options) in parsed.items()
+    }
+    out = pathlib.Path(flags.out) if flags.out else workdir / "eval"
+    num_devices = jax.device_count()
+    batch_size = -(-min(flags.batch_size, len(run.test_set)) // num_devices) * num_devices
+    header = {
+        "weights_hash": run.weights_hash,
+        "config_hash": hashlib.sha256(
+            json.dumps(config_lib.to_dict(run.config), sort_keys=True).encode()
+        ).hexdigest(),
+        "norm": threat.norm,
+        "epsilon": float(threat.epsilon),
+        "seed": flags.seed,
+        "batch_size": batch_size,
+        "num_examples": len(run.test_set),
+        "jax": jax.__version__,
+    }
+    kept = records.Records(out / "records", header)
+    # Attacks and their verdicts use full float32 products: TF32 or bfloat16 flips borderline
+    # examples.
+    with jax.default_matmul_precision("highest"):
+        evaluation = _Evaluation(run, threat, kept, batch_size, flags.seed)
+        results = evaluation.run(built)
+    results["versions"] = loop.versions()
+    results["name"] = workdir.name
+    results["config"] = config_lib.to_dict(run.config)
+    examples = results.pop("examples")
+    files.write_json(out / "results.json", results)
+    report.save_examples(out / "examples.npz", examples)
+    report.write_report([(results, examples)], out / "report.html")
+    return results
+
+
+class _Evaluation:
+    """One evaluation: what its parts share."""
+
+    def __init__(
+        self,
+        run: loading.LoadedRun,
+        threat: ThreatModel,
+        kept: records.Records,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self.run_ = run
+        self.threat = threat
+        self.kept = kept
+        self.batch_size = batch_size
+        self.key = jax.device_put(jax.random.key(seed), step.replicated(run.mesh))
+        self.box = _box_radius(threat, run.recipe.image_shape)
+
+    def run(self, built: Mapping[str, AttackFn]) -> dict[str, Any]:
+        """Returns the results, with the shown examples under ``examples``."""
+        started = time.monotonic()
+        outcomes = {spec: self._attack(spec, attack) for spec, attack in built.items()}
+        clean_correct = self._clean_correct()
+        robust = {spec: clean_correct & ~outcome["success"] for spec, outcome in outcomes.items()}
+        worst = functools.reduce(np.logical_and, robust.values())
+        curve = self._curve()
+        zero, total = (
+            sum(int(o[field].sum()) for o in outcomes.values())
+            for field in ("num_zero_gradients", "num_backwards")
+        )
+        robust_accuracy = {spec: float(value.mean()) for spec, value in robust.items()}
+        geometry_results, examples = self._geometry(built)
+        return {
+            "clean_accuracy": float(clean_correct.mean()),
+            "robust_accuracy": {**robust_accuracy, "worst_case": float(worst.mean())},
+            "minimum_norm": {},
+            "diagnostics": diagnostics.diagnose(
+                robust_accuracy,
+                num_examples=len(worst),
+                curve=[(point["epsilon"], point["accuracy"]) for point in curve],
+                box=self.box,
+                zero_gradient_share=zero / max(total, 1),
+            ),
+            "threat": {
+                "norm": self.threat.norm,
+                "epsilon": float(self.threat.epsilon),
+                "bounds": list(self.threat.bounds),
+            },
+            "num_examples": len(worst),
+            "data": {"name": self.run_.config.data.name, "split": "test"},
+            "counts": {
+                spec: {
+                    field: int(outcome[field].sum())
+                    for field in ("num_forwards", "num_backwards", "num_zero_gradients")
+                }
+                for spec, outcome in outcomes.items()
+            },
+            "curve": {
+                "attack": CURVE_ATTACK,
+                "num_examples": min(len(worst), _CURVE_EXAMPLES),
+                "points": curve,
+            },
+            **geometry_results,
+            "seconds": time.monotonic() - started,
+            "precision": "float32, matmul precision highest",
+            "checkpoint_step": self.run_.step,
+            "weights_hash": self.run_.weights_hash,
+            "examples": examples,
+        }
+
+    def _batches(
+        self, num_examples: int | None = None
+    ) -> list[tuple[int, int, dict[str, np.ndarray]]]:
+        """Returns ``(first, last, batch)`` for each chunk; the last batch is padded."""
+        test_set = (
+            self.run_.test_set if num_examples is None else self.run_.test_set.take(num_examples)
+        )
+        chunks = []
+        for index, batch in enumerate(data.eval_batches(test_set, self.batch_size)):
+            first = index * self.batch_size
+            chunks.append((first, first + int(batch["mask"].sum()) - 1, batch))
+        return chunks
+
+    def _put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
+        return jax.device_put(dict(batch), step.split(self.run_.mesh))
+
+    def _attack(self, spec: str, attack: AttackFn) -> dict[str, np.ndarray]:
+        """Returns the per-example results of one attack, from the records where they are there."""
+
+        @jax.jit
+        def attack_batch(params: Any, model_state: Any, batch: Batch, key: Array) -> AttackResult:
+            keys = attacks.example_keys(key, batch["ids"])
+            logits_fn = lambda inputs: self.run_.apply(params, model_state, {}, inputs)[0]  # noqa: E731
+            return attack(logits_fn, keys, data.to_float(batch["inputs"]), batch["labels"])
+
+        chunks = self._batches()
+        progress = Progress(spec, len(chunks))
+        parts = []
+        try:
+            for number, (first, last, batch) in enumerate(chunks, start=1):
+                record = self.kept.load(spec, first, last)
+                if record is None:
+                    result = jax.device_get(
+                        attack_batch(
+                            self.run_.params, self.run_.model_state, self._put(batch), self.key
+                        )
+                    )
+                    size = last - first + 1
+                    fields = {
+                        name: value[:size]
+                        for name, value in result._asdict().items()
+                        if name != "adv_inputs"
+                    }
+                    record = {
+                        "ids": batch["ids"][:size],
+                        "labels": batch["labels"][:size],
+                        **fields,
+                    }
+                    self.kept.save(spec, first, last, record)
+                parts.append(record)
+                progress.update(
+                    number,
+                    f"{np.mean(np.concatenate([~part['success'] for part in parts])):.1%} resist",
+                )
+        finally:
+            progress.close()
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _clean_correct(self) -> np.ndarray:
+        @jax.jit
+        def correct(params: Any, model_state: Any, batch: Batch) -> Array:
+            logits, _ = self.run_.apply(params, model_state, {}, data.to_float(batch["inputs"]))
+            return jnp.argmax(logits, axis=1) == batch["labels"]
+
+        parts = [
+            np.asarray(correct(self.run_.params, self.run_.model_state, self._put(batch)))[
+                : last - first + 1
+            ]
+            for first, last, batch in self._batches()
+        ]
+        return np.concatenate(parts)
+
+    def _curve(self) -> list[dict[str, float]]:
+        """Returns accuracy against epsilon, at radii that include the one that frees the whole box.
+
+        One compilation serves all radii.
+        """
+
+        @jax.jit
+        def resist(
+            params: Any, model_state: Any, batch: Batch, key: Array, epsilon: Array
+        ) -> Array:
+            attack = attacks.create(CURVE_ATTACK, dataclasses.replace(self.threat, epsilon=epsilon))
+            keys = attacks.example_keys(key, batch["ids"])
+            logits_fn = lambda inputs: self.run_.apply(params, model_state, {}, inputs)[0]  # noqa: E731
+            return ~attack(logits_fn, keys, data.to_float(batch["inputs"]), batch["labels"]).success
+
+        epsilons = sorted(
+            {*(factor * float(self.threat.epsilon) for factor in CURVE_FACTORS), self.box}
+        )
+        progress = Progress("accuracy against epsilon", len(epsilons))
+        points = []
+        try:
+            for number, epsilon in enumerate(epsilons, start=1):
+                parts = [
+                    np.asarray(
+                        resist(
+                            self.run_.params,
+                            self.run_.model_state,
+                            self._put(batch),
+                            self.key,
+                            jnp.float32(epsilon),
+                        )
+                    )[: last - first + 1]
+                    for first, last, batch in self._batches(_CURVE_EXAMPLES)
+                ]
+                points.append({"epsilon": epsilon, "accuracy": float(np.concatenate(parts).mean())})
+                progress.update(number)
+        finally:
+            progress.close()
+        return points
+
+    def _geometry(
+        self, built: Mapping[str, AttackFn]
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Returns what the geometry of the first batch is, and a few of its examples to show.
+
+        The geometry is alignment, radial degree, tangential shares and direction curves.
+        """
+        run = self.run_
+        strongest = next((spec for spec in built if spec.startswith("pgd-margin")), list(built)[-1])
+
+        @jax.jit
+        def measure(params: Any, model_state: Any, batch: Batch, key: Array) -> dict[str, Any]:
+            inputs, labels = data.to_float(batch["inputs"]), batch["labels"]
+            apply_fn = functools.partial(run.apply, params, model_state)
+            result = built[strongest](
+                lambda x: apply_fn({}, x)[0],
+                attacks.example_keys(key, batch["ids"]),
+                inputs,
+                labels,
+            )
+            return {
+                "layers": geometry.layer_geometry(apply_fn, inputs, labels, run.recipe.layer_norms),
+                "shares": geometry.tangential_shares(apply_fn, inputs, result.adv_inputs),
+                "directions": geometry.loss_along_directions(
+                    apply_fn,
+                    key,
+                    inputs,
+                    labels,
+                    layer=run.recipe.layers[0],
+                    lengths=jnp.asarray(LENGTHS, jnp.float32),
+                ),
+                "clean": inputs,
+                "adversarial": result.adv_inputs,
+                "success": result.success,
+                "predictions": jnp.argmax(apply_fn({}, result.adv_inputs)[0], axis=1),
+                "clean_predictions": jnp.argmax(apply_fn({}, inputs)[0], axis=1),
+            }
+
+        _, _, batch = self._batches()[0]
+        mask = batch["mask"]
+        measured = jax.device_get(measure(run.params, run.model_state, self._put(batch), self.key))
+        attacked = mask & measured["success"] & (measured["clean_predictions"] == batch["labels"])
+        layers = {
+            name: {
+                "alignment_mean": float(values["alignment"][mask].mean()),
+                "radial_degree_median": float(np.nanmedian(values["radial_degree"][mask])),
+                "tangential_share_mean": float(measured["shares"][name][attacked].mean())
+                if attacked.any()
+                else None,
+            }
+            for name, values in measured["layers"].items()
+        }
+        results = {
+            "layers": layers,
+            "directions": {
+                "layer": run.recipe.layers[0],
+                "lengths": list(LENGTHS),
+                "median_log_odds": {
+                    name: np.median(curve[:, mask], axis=1).tolist()
+                    for name, curve in measured["directions"].items()
+                },
+            },
+        }
+        shown = slice(0, min(_SHOWN_EXAMPLES, int(mask.sum())))
+        names = ("clean", "adversarial", "success", "predictions", "clean_predictions")
+        examples = {name: measured[name][shown] for name in names} | {
+            "labels": batch["labels"][shown]
+        }
+        return results, examples
+
+
+def _box_radius(threat: ThreatModel, image_shape: Sequence[int]) -> float:
+    """Returns the epsilon whose ball around any image holds the whole box."""
+    corner = np.full((1, *image_shape), threat.bounds[1] - threat.bounds[0], np.float32)
+    return float(norms.vector_norm(jnp.asarray(corner), threat.norm)[0])

@@ -1,0 +1,125 @@
+"""A trained run, read back for evaluation."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gfa_jax import config as config_lib
+from gfa_jax import data, taps
+from gfa_jax.config import TrainConfig
+from gfa_jax.training import checkpoint, recipe, step
+from gfa_jax.types import Array, Features, ModelState, Params, Taps
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedRun:
+    """A model with its test images.
+
+    Attributes:
+      config: of the training run.
+      recipe: what the config means.
+      test_set: the examples to evaluate on.
+      params: parameters, replicated over the mesh.
+      model_state: other variables.
+      step: of the checkpoint.
+      weights_hash: SHA-256 of all variables.
+      mesh: over all devices.
+    """
+
+    config: TrainConfig
+    recipe: recipe.Recipe
+    test_set: data.Dataset
+    params: Params
+    model_state: ModelState
+    step: int
+    weights_hash: str
+    mesh: jax.sharding.Mesh
+
+    def apply(
+        self, params: Params, model_state: ModelState, tap_values: Taps, inputs: Array
+    ) -> tuple[Array, Features]:
+        """Returns ``(logits, features)`` in evaluation mode, with every reported layer tapped."""
+        model = taps.linen_model(self.recipe.module, model_state, layers=self.recipe.layers)
+        return model(params, tap_values, inputs, train=False)[0]
+
+
+def load_run(
+    workdir: pathlib.Path, *, which: str = "latest", num_examples: int | None = None
+) -> LoadedRun:
+    """Reads the config, the checkpoint and the test split of a run.
+
+    Args:
+      workdir: of ``train.py``.
+      which: ``latest``, ``best`` or a step.
+      num_examples: the first so many test examples; all by default.
+
+    Raises:
+      FileNotFoundError: for a folder that is no run, a missing checkpoint or data set.
+      checkpoint.IncompatibleCheckpointError: naming the leaves that differ.
+    """
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"workdir {str(workdir)!r} holds no run: {path.name} is missing. Train one with "
+            "train.py --workdir."
+        )
+    config = config_lib.from_dict(json.loads(path.read_text())["config"])
+    if not (workdir / "checkpoints").is_dir():
+        raise FileNotFoundError(
+            f"workdir {str(workdir)!r} holds no checkpoint yet. Run train.py with it until one is "
+            "saved."
+        )
+    test_set = data.load(
+        config.data.name,
+        "test",
+        data_dir=config.data.data_dir,
+        num_validation=config.data.num_validation,
+        max_examples=num_examples,
+    )
+    built = recipe.build(config, num_classes=test_set.num_classes, image_shape=test_set.image_shape)
+    mesh = step.data_mesh()
+
+    def init() -> dict[str, object]:
+        variables = dict(
+            built.module.init(jax.random.key(0), jnp.zeros((1, *built.image_shape)), train=False)
+        )
+        return {"params": variables.pop("params"), "model_state": variables}
+
+    shapes = jax.eval_shape(init)
+    template = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=step.replicated(mesh)),
+        shapes,
+    )
+    metric = "eval/robust_accuracy" if config.loop.eval_attack_steps else "eval/clean_accuracy"
+    checkpoints = checkpoint.Checkpoints(
+        workdir / "checkpoints", metric=metric, keep_best=config.loop.keep_best
+    )
+    try:
+        params, model_state, at_step = checkpoints.restore_model(template, which)
+    finally:
+        checkpoints.close()
+    return LoadedRun(
+        config,
+        built,
+        test_set,
+        params,
+        model_state,
+        at_step,
+        hash_tree((params, model_state)),
+        mesh,
+    )
+
+
+def hash_tree(tree: object) -> str:
+    """Returns the SHA-256 of names, shapes, dtypes and bytes of a tree's leaves."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        value = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {value.shape} {value.dtype}".encode())
+        digest.update(value.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,139 @@
+"""Results as a table on the terminal and as one self-contained HTML page."""
+
+import io
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import numpy as np
+import rich.console
+import rich.table
+
+from gfa_jax import files
+from gfa_jax.evaluation import diagnostics, plots
+
+Results = Mapping[str, Any]
+Examples = Mapping[str, np.ndarray]
+
+
+def verdict(results: Results) -> str:
+    """Returns one sentence: how robust, against what, and whether to believe it."""
+    threat = results["threat"]
+    worst = results["robust_accuracy"]["worst_case"]
+    names = ", ".join(name for name in results["robust_accuracy"] if name != "worst_case")
+    sentence = (
+        f"{results['name']}: {results['clean_accuracy']:.1%} of {results['num_examples']} test "
+        f"images are right, and {worst:.1%} stay right under the worst of {names} at "
+        f"{threat['norm']} {threat['epsilon']:.4g}."
+    )
+    if diagnostics.masking_suspected(results["diagnostics"]):
+        return sentence + " Upper bound, gradient masking suspected: see the diagnostics."
+    return sentence
+
+
+def attack_names(runs: Sequence[Results]) -> list[str]:
+    """Returns the attacks of all runs in order, ``worst_case`` last."""
+    names = list(
+        dict.fromkeys(
+            name for run in runs for name in run["robust_accuracy"] if name != "worst_case"
+        )
+    )
+    return [*names, "worst_case"]
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def accuracy_rows(runs: Sequence[Results]) -> list[list[str]]:
+    """Returns a row for each run: name, then clean, attacked and worst-case accuracy in percent."""
+    names = attack_names(runs)
+    return [
+        [
+            str(run["name"]),
+            _percent(run["clean_accuracy"]),
+            *(_percent(run["robust_accuracy"].get(name)) for name in names),
+        ]
+        for run in runs
+    ]
+
+
+def accuracy_columns(runs: Sequence[Results]) -> list[str]:
+    """Returns the headings of ``accuracy_rows``."""
+    return ["run", "clean", *(name.replace("_", " ") for name in attack_names(runs))]
+
+
+def print_table(runs: Sequence[Results]) -> None:
+    """Prints accuracies (in percent) and verdicts on standard output."""
+    console = rich.console.Console(highlight=False)
+    threat = runs[0]["threat"]
+    table = rich.table.Table(
+        title=(
+            f"accuracy in % at {threat['norm']} {threat['epsilon']:.4g}, "
+            f"{runs[0]['num_examples']} test images"
+        )
+    )
+    for number, column in enumerate(accuracy_columns(runs)):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    for row in accuracy_rows(runs):
+        table.add_row(*row)
+    console.print(table)
+    for run in runs:
+        console.print(verdict(run), markup=False, soft_wrap=True)
+
+
+def save_examples(path: pathlib.Path, examples: Examples) -> None:
+    """Writes the shown examples as an ``.npz`` of plain arrays, atomically."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **examples)  # type: ignore[arg-type]
+    files.write_bytes(path, buffer.getvalue())
+
+
+def load_evaluation(directory: pathlib.Path) -> tuple[Results, Examples]:
+    """Reads what ``evaluate`` wrote.
+
+    Raises:
+      FileNotFoundError: for a folder without results, saying how to make them.
+    """
+    path = directory / "results.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{str(directory)!r} holds no results.json: run eval.py first, and give its --out "
+            "folder."
+        )
+    with np.load(directory / "examples.npz", allow_pickle=False) as stored:
+        examples = {name: stored[name] for name in stored.files}
+    return json.loads(path.read_text()), examples
+
+
+def write_report(evaluations: Sequence[tuple[Results, Examples]], path: pathlib.Path) -> None:
+    """Writes one HTML page for one or more evaluations, without links to anything outside it.
+
+    Args:
+      evaluations: results and shown examples of each run.
+      path: of the page.
+    """
+    runs = [results for results, _ in evaluations]
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("gfa_jax.evaluation"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    page = environment.get_template("report.html.jinja").render(
+        title="Robustness report: " + ", ".join(str(run["name"]) for run in runs),
+        runs=runs,
+        verdicts=[verdict(run) for run in runs],
+        suspected=[diagnostics.masking_suspected(run["diagnostics"]) for run in runs],
+        columns=accuracy_columns(runs),
+        rows=accuracy_rows(runs),
+        percent=_percent,
+        pictures={
+            "curve": plots.accuracy_against_epsilon(runs),
+            "layers": plots.layer_alignment(runs),
+            "directions": plots.loss_along_directions(runs),
+            "images": [plots.image_grid(results, examples) for results, examples in evaluations],
+        },
+    )
+    files.write_bytes(path, page.encode())

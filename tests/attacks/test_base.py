@@ -1,0 +1,159 @@
+"""Tests of gfa_jax.attacks.base: keys, gradients of single examples, and the best point."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gfa_jax import ThreatModel, losses
+from gfa_jax.attacks import base
+
+
+def quadratic(inputs):
+    """Logits whose gradients differ at every point."""
+    return jnp.stack([jnp.sum(inputs**2, axis=1), jnp.sum(inputs, axis=1)], axis=1)
+
+
+def best_of(loss, success):
+    """A best point of each example that is its own index."""
+    num = len(loss)
+    points = jnp.arange(num, dtype=jnp.float32)[:, None]
+    return base.Best(points, jnp.array(loss), jnp.array(success))
+
+
+class TestExampleKeys:
+    def test_a_key_depends_on_its_index_alone(self, key):
+        keys = base.example_keys(key, jnp.array([0, 1, 2, 3]))
+        others = base.example_keys(key, jnp.array([3, 1]))
+        data = jax.random.key_data(keys)
+        np.testing.assert_array_equal(jax.random.key_data(others), data[jnp.array([3, 1])])
+
+    def test_indices_and_base_keys_give_different_keys(self, key):
+        indices = jnp.arange(1000)
+        keys = jnp.concatenate(
+            [base.example_keys(key, indices), base.example_keys(jax.random.key(1), indices)]
+        )
+        assert keys.shape == (2000,)
+        assert jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
+        assert len(np.unique(jax.random.key_data(keys), axis=0)) == 2000
+
+
+class TestEvaluate:
+    def test_each_gradient_is_that_of_its_own_loss(self):
+        inputs = jnp.array([[0.5, 0.2], [0.9, 0.8], [0.1, 0.1]])
+        labels = jnp.array([0, 1, 0])
+        result = base.evaluate(quadratic, losses.margin, inputs, labels)
+        # margin = (z_1 - z_0) or its negative.
+        sign = jnp.array([[1.0], [-1.0], [1.0]])
+        np.testing.assert_allclose(result.gradient, sign * (1 - 2 * inputs), atol=1e-6)
+        np.testing.assert_allclose(result.loss, losses.margin(quadratic(inputs), labels), rtol=1e-6)
+        np.testing.assert_array_equal(result.misclassified, [True, False, True])
+
+    def test_the_gradient_does_not_depend_on_the_batch_size(self):
+        inputs = jnp.array([[0.5, 0.2], [0.9, 0.8]])
+        labels = jnp.array([0, 1])
+        whole = base.evaluate(quadratic, losses.cross_entropy, inputs, labels)
+        alone = base.evaluate(quadratic, losses.cross_entropy, inputs[:1], labels[:1])
+        np.testing.assert_allclose(alone.gradient, whole.gradient[:1], rtol=1e-6)
+
+    def test_the_loss_is_float32_for_a_bfloat16_model(self):
+        inputs, labels = jnp.ones((2, 3)), jnp.zeros(2, jnp.int32)
+
+        def narrow(inputs):
+            return quadratic(inputs.astype(jnp.bfloat16))
+
+        result = base.evaluate(narrow, losses.margin, inputs, labels)
+        forward_loss, _ = base.evaluate_forward(narrow, losses.margin, inputs, labels)
+        assert result.loss.dtype == forward_loss.dtype == jnp.float32
+        assert result.gradient.dtype == jnp.float32
+
+    def test_evaluate_forward_agrees(self):
+        inputs, labels = jnp.array([[0.5, 0.2], [0.9, 0.8]]), jnp.array([0, 0])
+        result = base.evaluate(quadratic, losses.dlr, inputs, labels)
+        loss, wrong = base.evaluate_forward(quadratic, losses.dlr, inputs, labels)
+        np.testing.assert_allclose(loss, result.loss, rtol=1e-6)
+        np.testing.assert_array_equal(wrong, result.misclassified)
+
+    def test_gradients_that_are_not_finite_are_zero_and_do_not_spread(self):
+        def rooted(inputs):
+            return jnp.stack([jnp.sum(jnp.sqrt(inputs), axis=1), inputs[:, 0]], axis=1)
+
+        inputs = jnp.array([[0.0, 0.25], [0.25, 0.25], [-1.0, 0.25]])
+        gradient = base.evaluate(rooted, losses.margin, inputs, jnp.zeros(3, jnp.int32)).gradient
+        np.testing.assert_allclose(gradient, [[0, -1], [0, -1], [0, -1]], atol=1e-6)
+
+
+def test_misclassified_is_argmax_with_ties_to_the_first_class():
+    logits = jnp.array([[1.0, 2.0, 0.0], [2.0, 2.0, 0.0], [2.0, 2.0, 0.0]])
+    wrong = base.is_misclassified(logits, jnp.array([0, 0, 1]))
+    np.testing.assert_array_equal(wrong, [True, False, True])
+
+
+def test_is_zero_means_exactly_zero_everywhere():
+    gradient = jnp.zeros((3, 2, 2)).at[1, 0, 1].set(1e-30).at[2].set(-1)
+    np.testing.assert_array_equal(base.is_zero(gradient), [True, False, False])
+
+
+class TestBest:
+    @pytest.mark.parametrize(
+        ("old", "new", "replaced"),
+        [
+            # (loss, misclassified)
+            ((1.0, False), (2.0, False), True),
+            ((2.0, False), (1.0, False), False),
+            ((1.0, True), (2.0, True), True),
+            ((2.0, True), (1.0, True), False),
+            ((1.0, True), (9.0, False), False),  # failures never replace a success
+            ((9.0, False), (1.0, True), True),  # a success replaces every failure
+            ((1.0, False), (1.0, False), False),  # of equals the first stays
+            ((1.0, False), (np.nan, False), False),
+            ((1.0, True), (np.nan, True), False),
+            ((1.0, False), (np.nan, True), True),
+        ],
+    )
+    def test_misclassified_points_come_first_then_the_larger_loss(self, old, new, replaced):
+        best = base.Best(jnp.zeros((1, 2, 2)), jnp.array([old[0]]), jnp.array([old[1]]))
+        updated = best.update(jnp.ones((1, 2, 2)), jnp.array([new[0]]), jnp.array([new[1]]))
+        np.testing.assert_array_equal(updated.adv_inputs, np.full((1, 2, 2), float(replaced)))
+        np.testing.assert_array_equal(updated.loss, [new[0] if replaced else old[0]])
+        np.testing.assert_array_equal(updated.success, [old[1] or new[1]])
+
+    def test_examples_are_updated_one_by_one(self):
+        best = best_of([1.0, 1.0, 1.0], [False, False, True])
+        updated = best.update(
+            10 + best.adv_inputs, jnp.array([2.0, 0.0, 5.0]), jnp.array([False, True, False])
+        )
+        np.testing.assert_array_equal(updated.adv_inputs, [[10], [11], [2]])
+        np.testing.assert_array_equal(updated.loss, [2, 0, 1])
+        np.testing.assert_array_equal(updated.success, [False, True, True])
+
+
+class TestFinish:
+    def finish(self, inputs):
+        threat = ThreatModel("l2", 9.0, (0.0, 10.0))
+        best = base.Best(inputs + 3, jnp.array([1.0, 2.0]), jnp.array([True, False]))
+        no_zero = jnp.zeros(2, jnp.int32)
+        return base.finish(
+            threat, inputs, best, num_forwards=7, num_backwards=5, num_zero_gradients=no_zero
+        )
+
+    def test_failures_return_the_clean_input_at_distance_zero(self):
+        inputs = jnp.ones((2, 4))
+        result = self.finish(inputs)
+        np.testing.assert_array_equal(result.adv_inputs, [[4] * 4, [1] * 4])
+        np.testing.assert_allclose(result.distance, [6, 0])
+        np.testing.assert_array_equal(result.success, [True, False])
+        np.testing.assert_array_equal(result.loss, [1, 2])
+
+    def test_counts_are_those_of_each_example(self):
+        result = self.finish(jnp.ones((2, 4)))
+        for counts, expected in ((result.num_forwards, 7), (result.num_backwards, 5)):
+            np.testing.assert_array_equal(counts, [expected, expected])
+            assert counts.dtype == jnp.int32
+
+    def test_no_gradient_flows(self):
+        def total(inputs):
+            result = self.finish(inputs)
+            return jnp.sum(result.adv_inputs) + jnp.sum(result.distance) + jnp.sum(result.loss)
+
+        np.testing.assert_array_equal(jax.grad(total)(jnp.ones((2, 4))), np.zeros((2, 4)))

@@ -1,0 +1,82 @@
+"""Tests of the attack registry: names, options and what each entry runs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gfa_jax
+from gfa_jax import ThreatModel, attacks
+
+INPUTS = jnp.array([[0.5, 0.5, 0.4], [0.2, 0.6, 0.5]])
+LABELS = jnp.array([0, 2])
+THREAT = ThreatModel("l2", 0.2)
+
+
+def logits_fn(inputs):
+    weights = jnp.array([[4.0, -1.0, 0.5], [2.0, 3.0, -2.0], [-1.0, 0.5, 3.0]])
+    return jnp.tanh(inputs) @ weights
+
+
+def run(attack):
+    keys = attacks.example_keys(jax.random.key(0), jnp.arange(2))
+    return jax.jit(attack, static_argnums=0)(logits_fn, keys, INPUTS, LABELS)
+
+
+@pytest.mark.parametrize("name", sorted(attacks.REGISTRY))
+def test_every_attack_runs_with_its_defaults_and_stays_allowed(name):
+    result = run(attacks.create(name, THREAT))
+    assert isinstance(result, gfa_jax.types.AttackResult)
+    assert result.adv_inputs.shape == INPUTS.shape
+    assert result.adv_inputs.dtype == INPUTS.dtype
+    for field in result[1:]:
+        assert field.shape == (2,)
+    assert result.success.dtype == bool
+    assert result.distance.dtype == result.loss.dtype == jnp.float32
+    for counts in result[4:]:
+        assert counts.dtype == jnp.int32
+    assert np.all(np.asarray(result.distance) <= 0.2 * (1 + 1e-6))
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [("pgd", "cross_entropy"), ("pgd-margin", "margin"), ("pgd-dlr", "dlr")],
+)
+def test_named_variants_are_pgd_with_that_loss(name, loss):
+    named = run(attacks.create(name, THREAT, num_steps=3))
+    direct = run(attacks.pgd(THREAT, num_steps=3, loss=loss))
+    for left, right in zip(named, direct, strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_options_reach_the_factory():
+    result = run(attacks.create("pgd", THREAT, num_steps=3, num_restarts=2))
+    np.testing.assert_array_equal(result.num_backwards, [6, 6])
+
+
+def test_options_of_lists_the_keyword_options_with_their_defaults():
+    assert set(attacks.options_of("fgsm")) == {"loss", "random_start", "step_size"}
+    options = attacks.options_of("pgd-margin")
+    assert {"num_steps", "step_size", "num_restarts", "random_start", "keep"} <= set(options)
+    assert options["loss"].default == "margin"
+    assert options["num_steps"].default == 40
+
+
+@pytest.mark.parametrize("function", [attacks.options_of, lambda n: attacks.create(n, THREAT)])
+def test_unknown_attack_is_named_with_a_suggestion(function):
+    with pytest.raises(ValueError, match=r"attack='pgd-margn' .* Did you mean 'pgd-margin'"):
+        function("pgd-margn")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("pgd", {"num_step": 3}, "attack 'pgd' takes no option 'num_step'; .* mean 'num_steps'"),
+        ("fgsm", {"num_steps": 3}, "attack 'fgsm' takes no option 'num_steps'; it takes .*'loss'"),
+        ("pgd", {"num_steps": 0}, "num_steps=0 must be an integer >= 1"),
+        ("pgd-dlr", {"threats": THREAT}, "attack 'pgd-dlr' takes no option 'threats'"),
+    ],
+)
+def test_bad_options_are_named_with_what_is_known(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        attacks.create(name, THREAT, **options)

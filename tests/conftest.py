@@ -1,0 +1,19 @@
+"""A strict environment: several CPU devices, no silent rank promotion, no GPU, fast compilation."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests compile hundreds of small programs once each: optimising them costs more than it saves.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    """A fixed PRNG key."""
+    return jax.random.key(0)

@@ -1,0 +1,196 @@
+"""The loop end to end on tiny runs: resuming, checkpoints, metrics, guards, and its refusals."""
+
+import dataclasses
+import json
+import signal
+import threading
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from configs import smoke
+from gfa_jax import config as config_lib
+from gfa_jax.training import checkpoint, guards, loop, metrics, recipe, state, step
+
+
+def tiny_config(**changes):
+    """A run of seconds: 12 steps of GFA on FGSM examples."""
+    base = smoke.get_config()
+    defaults = {
+        "train_steps": 12,
+        "attack": config_lib.AttackConfig(name="fgsm"),
+        "loop": dataclasses.replace(base.loop, log_every=1, eval_every=6, checkpoint_every=5),
+    }
+    return dataclasses.replace(base, **{**defaults, **changes})
+
+
+def final_model(workdir, config):
+    """Returns the parameters of the latest checkpoint."""
+    built = recipe.build(config, num_classes=10, image_shape=(8, 8, 1))
+    shapes = jax.eval_shape(
+        lambda key: state.create(built.module, built.optimizer, key, (8, 8, 1)), jax.random.key(0)
+    )
+    everywhere = step.replicated(step.data_mesh())
+    template = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes
+    )
+    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", metric="eval/robust_accuracy")
+    restored, _ = checkpoints.restore_latest(template)
+    checkpoints.close()
+    return restored
+
+
+def without_timing(rows):
+    return [{k: v for k, v in row.items() if k != "examples_per_second"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """One whole run: its folder and validation metrics."""
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    return workdir, loop.train_and_evaluate(tiny_config(), workdir)
+
+
+def test_a_run_writes_config_metrics_and_checkpoints(uninterrupted):
+    workdir, result = uninterrupted
+    saved = json.loads((workdir / "config.json").read_text())
+    assert config_lib.from_dict(saved["config"]) == tiny_config()
+    assert {"jax", "flax", "devices"} <= set(saved["versions"])
+    rows = metrics.read(workdir / "metrics.jsonl")
+    train_steps = [row["step"] for row in rows if "train/loss" in row]
+    assert train_steps == list(range(1, 13))
+    assert {
+        "train/cross_entropy",
+        "train/accuracy",
+        "train/alignment/normalize",
+        "train/alignment/block_3",
+        "train/alignment_penalty",
+        "train/grad_norm",
+        "train/learning_rate",
+        "examples_per_second",
+    } <= set(rows[0])
+    assert set(result) >= {"eval/clean_accuracy", "eval/robust_accuracy", "eval/cross_entropy"}
+    assert 0 <= result["eval/robust_accuracy"] <= result["eval/clean_accuracy"] <= 1
+    assert final_model(workdir, tiny_config()).step == 12
+
+
+@pytest.mark.parametrize("stops", [(5,), (3, 6, 11)])
+def test_a_resumed_run_is_bit_identical(uninterrupted, tmp_path, stops):
+    workdir, result = uninterrupted
+    for stop in stops:
+        loop.train_and_evaluate(tiny_config(), tmp_path, stop_after=stop)
+    resumed = loop.train_and_evaluate(tiny_config(), tmp_path)
+    assert resumed == result
+    chex.assert_trees_all_equal(
+        final_model(tmp_path, tiny_config()), final_model(workdir, tiny_config())
+    )
+    expected = [row for row in metrics.read(workdir / "metrics.jsonl") if "train/loss" in row]
+    got = [row for row in metrics.read(tmp_path / "metrics.jsonl") if "train/loss" in row]
+    assert without_timing(got) == without_timing(expected)
+
+
+def test_a_finished_run_is_not_trained_again(uninterrupted):
+    workdir, result = uninterrupted
+    before = final_model(workdir, tiny_config())
+    assert loop.train_and_evaluate(tiny_config(), workdir) == pytest.approx(result)
+    chex.assert_trees_all_equal(final_model(workdir, tiny_config()), before)
+
+
+def test_sigterm_saves_and_returns(tmp_path):
+    config = tiny_config(train_steps=100_000)
+    timer = threading.Timer(8.0, signal.raise_signal, [signal.SIGTERM])
+    timer.start()
+    loop.train_and_evaluate(config, tmp_path)
+    timer.cancel()
+    saved = int(final_model(tmp_path, config).step)
+    assert 0 < saved < 100_000
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_non_finite_loss_stops_with_the_last_good_checkpoint(tmp_path):
+    config = tiny_config(
+        train_steps=40,
+        optimizer=config_lib.OptimizerConfig(
+            name="sgd", learning_rate=1e25, schedule="constant", warmup_fraction=0, clip_norm=0
+        ),
+    )
+    with pytest.raises(guards.TrainingFailedError, match="not finite. The last checkpoint is intact"):
+        loop.train_and_evaluate(config, tmp_path)
+    rows = metrics.read(tmp_path / "metrics.jsonl")
+    assert all(np.isfinite(list(row.values())).all() for row in rows)
+
+
+def test_a_folder_of_another_config_is_refused_and_left_alone(uninterrupted):
+    workdir, _ = uninterrupted
+    before = (workdir / "config.json").read_bytes()
+    other = tiny_config(seed=3, gfa=config_lib.GFAConfig(weight=2.0))
+    with pytest.raises(loop.WorkdirMismatchError, match=r"config.gfa.weight: 1.0 there, 2.0 now\n.*config.seed"):
+        loop.train_and_evaluate(other, workdir)
+    assert (workdir / "config.json").read_bytes() == before
+
+
+def test_bad_configs_are_refused_before_anything_is_written(tmp_path):
+    cases = [
+        (tiny_config(batch_size=6), "config.batch_size=6 must be divisible by the 4 devices"),
+        (
+            tiny_config(threat=config_lib.ThreatConfig(epsilon=-0.1)),
+            "config.threat.epsilon=-0.1 must be a finite number >= 0",
+        ),
+        (
+            tiny_config(model=config_lib.ModelConfig(name="cnn7")),
+            "'cnn7' needs images of at least 20x20; config.data.name='digits' has 8x8",
+        ),
+        (
+            tiny_config(model=config_lib.ModelConfig(input_mean=(0.1, 0.2))),
+            "config.model.input_mean=.* must have 1 or 1 values",
+        ),
+        (
+            tiny_config(gfa=config_lib.GFAConfig(weight=1.0, input_weight=0, hidden_weight=0)),
+            "leave no layer to align",
+        ),
+    ]
+    for config, message in cases:
+        with pytest.raises(ValueError, match=message):
+            loop.train_and_evaluate(config, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+    with pytest.raises(FileNotFoundError, match=r"cifar10.*gfa_jax.data.prepare"):
+        data = config_lib.DataConfig(name="tfds:cifar10", data_dir=str(tmp_path))
+        loop.train_and_evaluate(tiny_config(data=data), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_layer_pattern_that_matches_nothing_is_refused(tmp_path):
+    config = tiny_config(gfa=config_lib.GFAConfig(weight=1.0, hidden_layers="blok_.*"))
+    with pytest.raises(ValueError, match=r"'blok_.\*' matches no layer of CNN.*Its layers are: block_0"):
+        loop.train_and_evaluate(config, tmp_path)
+
+
+def test_collapse_is_recognised():
+    guard = guards.CollapseGuard(num_classes=10, window=5, grace_steps=5)
+    collapsed = {"accuracy": 0.1, "cross_entropy": 2.3, "zero_gradients": 0.0, "alignment/a": 0.8}
+    healthy = {**collapsed, "accuracy": 0.6, "cross_entropy": 1.1}
+    untrained = {**collapsed, "alignment/a": 0.01}
+    for number in range(20):
+        guard.check(number, healthy)
+    for number in range(20, 40):
+        guard.check(number, untrained)
+    with pytest.raises(guards.TrainingFailedError, match="alignment collapse.*one class became the dump"):
+        for number in range(40, 50):
+            guard.check(number, collapsed)
+
+
+def test_a_dead_network_is_recognised():
+    guard = guards.CollapseGuard(num_classes=10, window=5, grace_steps=5)
+    dead = {"accuracy": 0.1, "cross_entropy": 2.3, "zero_gradients": 1.0, "alignment/a": 0.0}
+    for number in range(4):
+        guard.check(number, dead)
+    with pytest.raises(guards.TrainingFailedError, match="the network is dead"):
+        guard.check(6, dead)
+
+
+def test_plain_training_is_never_called_collapsed():
+    guard = guards.CollapseGuard(num_classes=10, window=2, grace_steps=0)
+    for number in range(10):
+        guard.check(number, {"accuracy": 0.1, "cross_entropy": 2.3})
