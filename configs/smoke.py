@@ -1,8 +1,9 @@
 """Forty steps of everything at once (GFA on PGD adversarial examples), to see that it runs.
 
-Source: none; no result is meant.
+Source: none.
 Data: scikit-learn's scanned digits.
 Cost: seconds after compilation.
+Result: none is meant.
 Command: python train.py --config configs/smoke.py --workdir runs/smoke
 """
 

@@ -140,4 +140,4 @@ def get(loss: str | LossFn) -> LossFn:
     if isinstance(loss, Callable):  # type: ignore[arg-type]
         return loss  # type: ignore[return-value]
     _validate.one_of(LOSSES, loss=loss)
-    return LOSSES[loss]
+    return LOSSES[loss]  # type: ignore[index]

@@ -383,7 +383,9 @@ class _Evaluation:
                 if attacked.any()
                 else None,
             }
-            for name, values in measured["layers"].items()
+            for name, values in sorted(
+                measured["layers"].items(), key=lambda layer: layer[0] != run.recipe.layers[0]
+            )
         }
         results = {
             "layers": layers,

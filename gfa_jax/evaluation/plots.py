@@ -95,7 +95,8 @@ def layer_alignment(runs: Sequence[Results]) -> str:
     left.invert_yaxis()
     left.set_xlabel("mean alignment (1 is the goal)")
     right.set_xlabel("median radial degree (1: homogeneous)")
-    left.legend(frameon=False, fontsize=8)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="upper center", ncols=len(runs))
     return _encode(figure)
 
 

@@ -43,7 +43,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool) -> Array:
-        """Maps ``[B, H, W, C]`` to ``[B, H', W', features]``, or ``[B, C]`` to ``[B, features]``."""
+        """Maps ``[B, H, W, C]`` to ``[B, H', W', features]``; a dense block maps the last axis."""
         kernel_init = INITIALIZERS[self.initializer]
         if self.kernel_size:
             hidden = nn.Conv(

@@ -53,13 +53,13 @@ def conv_general_dilated(
 ) -> Array:
     """``lax.conv_general_dilated`` with derivatives that are fast on CPU, for ``nn.Conv``.
 
-    It is given as ``nn.Conv(conv_general_dilated=...)``. XLA:CPU runs the transposed
-    convolutions of a backward pass naively inside a while loop (jax issue 12868), and weight
-    gradients, which it sees as convolutions with image-sized kernels, naively everywhere. On CPU
-    this writes the input gradient of a plain stride-1 convolution as an ordinary convolution with
-    the flipped kernel, and the weight gradient as one matrix product for each kernel offset. Values
-    and derivatives of every order are those of ``lax`` up to rounding; forward-mode differentiation
-    is not available there. Other backends and other convolutions go straight to ``lax``.
+    It is given as ``nn.Conv(conv_general_dilated=...)``. XLA:CPU runs the transposed convolutions
+    of a backward pass naively inside a while loop (jax issue 12868), and weight gradients, which it
+    sees as convolutions with image-sized kernels, naively everywhere. On CPU this writes the input
+    gradient of a plain stride-1 convolution as an ordinary convolution with the flipped kernel, and
+    the weight gradient as one matrix product for each kernel offset. Values and derivatives of
+    every order are those of ``lax`` up to rounding; forward-mode differentiation is not available
+    there. Other backends and other convolutions go straight to ``lax``.
     """
     plain = (
         all(stride == 1 for stride in window_strides)

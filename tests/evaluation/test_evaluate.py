@@ -1,0 +1,222 @@
+"""The evaluation end to end on a tiny run: results, records, resuming, reports, comparison, refusals."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from configs import smoke
+from gfa_jax import attacks
+from gfa_jax.evaluation import compare, evaluate, loading, records, report
+from gfa_jax.training import checkpoint, loop
+
+SPECS = "fgsm,pgd-margin:num_steps=3:num_restarts=2"
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run of a few steps."""
+    path = tmp_path_factory.mktemp("runs") / "tiny"
+    base = smoke.get_config()
+    config = dataclasses.replace(
+        base, train_steps=30, loop=dataclasses.replace(base.loop, eval_every=0, eval_attack_steps=0)
+    )
+    loop.train_and_evaluate(config, path)
+    return path
+
+
+def flags_for(workdir, out, **changes):
+    defaults = {"attacks": SPECS, "num_examples": 50, "batch_size": 32}
+    return evaluate.EvalFlags(str(workdir), out=str(out), **{**defaults, **changes})
+
+
+@pytest.fixture(scope="module")
+def evaluated(workdir, tmp_path_factory):
+    """Results and their folder."""
+    out = tmp_path_factory.mktemp("eval")
+    return evaluate.evaluate(flags_for(workdir, out)), out
+
+
+def test_results_have_the_documented_fields(evaluated, workdir):
+    results, out = evaluated
+    assert json.loads((out / "results.json").read_text()) == results
+    assert set(results["robust_accuracy"]) == {*SPECS.split(","), "worst_case"}
+    worst = results["robust_accuracy"]["worst_case"]
+    assert worst <= min(results["robust_accuracy"].values()) <= results["clean_accuracy"] <= 1
+    assert results["threat"] == {"norm": "linf", "epsilon": 0.15, "bounds": [0.0, 1.0]}
+    assert results["num_examples"] == 50
+    assert results["checkpoint_step"] == 30
+    assert results["weights_hash"] == loading.load_run(workdir).weights_hash
+    counts = results["counts"]["pgd-margin:num_steps=3:num_restarts=2"]
+    assert counts["num_forwards"] == 50 * (1 + 2 * 4)
+    assert counts["num_backwards"] == 50 * 2 * 3
+    assert {"versions", "precision", "seconds", "diagnostics", "minimum_norm"} <= set(results)
+
+
+def test_accuracies_are_those_of_the_records(evaluated):
+    results, out = evaluated
+    robust = None
+    for spec in SPECS.split(","):
+        folder = out / "records" / spec.replace(":", "_")
+        parts = [np.load(path, allow_pickle=False) for path in sorted(folder.glob("*.npz"))]
+        assert [len(part["ids"]) for part in parts] == [32, 18]
+        success = np.concatenate([part["success"] for part in parts])
+        distance = np.concatenate([part["distance"] for part in parts])
+        assert np.all(distance <= 0.15 * (1 + 1e-5))
+        robust = ~success if robust is None else robust & ~success
+    assert results["robust_accuracy"]["worst_case"] == pytest.approx(robust.mean())
+
+
+def test_geometry_covers_every_layer_and_curves_end_at_the_whole_box(evaluated):
+    results, _ = evaluated
+    assert next(iter(results["layers"])) == "normalize"
+    assert len(results["layers"]) == 5
+    for values in results["layers"].values():
+        assert -1 <= values["alignment_mean"] <= 1
+        assert values["radial_degree_median"] == pytest.approx(1, abs=1e-3)
+    points = results["curve"]["points"]
+    assert points[0] == {"epsilon": 0.0, "accuracy": results["clean_accuracy"]}
+    assert points[-1]["epsilon"] == 1.0
+    directions = results["directions"]
+    assert len(directions["lengths"]) == len(directions["median_log_odds"]["radial"])
+    middle = directions["lengths"].index(0.0)
+    assert len({round(curve[middle], 4) for curve in directions["median_log_odds"].values()}) == 1
+
+
+def test_a_stopped_evaluation_goes_on_where_it_was(evaluated, workdir, tmp_path, monkeypatch):
+    results, _ = evaluated
+    flags = flags_for(workdir, tmp_path)
+    save, saved = records.Records.save, []
+
+    def save_two(self, *args):
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        saved.append(args[0])
+        save(self, *args)
+
+    monkeypatch.setattr(records.Records, "save", save_two)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(flags)
+    assert not (tmp_path / "results.json").exists()
+    recomputed = []
+
+    def save_counted(self, *args):
+        recomputed.append(args[0])
+        save(self, *args)
+
+    monkeypatch.setattr(records.Records, "save", save_counted)
+    again = evaluate.evaluate(flags)
+    assert len(recomputed) == 2
+    ignored = ("seconds",)
+    assert {k: v for k, v in again.items() if k not in ignored} == {
+        k: v for k, v in results.items() if k not in ignored
+    }
+
+
+def test_records_of_another_evaluation_are_refused(evaluated, workdir):
+    _, out = evaluated
+    with pytest.raises(records.RecordsMismatchError, match=r"epsilon: 0.15 there, 0.1 now"):
+        evaluate.evaluate(flags_for(workdir, out, epsilon=0.1))
+    with pytest.raises(records.RecordsMismatchError, match="seed: 0 there, 5 now"):
+        evaluate.evaluate(flags_for(workdir, out, seed=5))
+
+
+def test_the_report_is_one_self_contained_page(evaluated):
+    _, out = evaluated
+    page = (out / "report.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "https://" not in page
+    assert page.count("data:image/svg+xml;base64,") == 4
+    assert "tiny: " in page
+    assert "<script" not in page
+
+
+def test_names_in_the_report_are_escaped(evaluated, tmp_path):
+    results, examples = report.load_evaluation(evaluated[1])
+    path = tmp_path / "report.html"
+    report.write_report([({**results, "name": "<script>alert(1)</script>"}, examples)], path)
+    assert "<script>" not in path.read_text()
+
+
+def test_compare_prints_one_table_and_refuses_what_does_not_compare(
+    evaluated, workdir, tmp_path, capsys
+):
+    _, out = evaluated
+    runs = compare.compare([str(out), str(out)], str(tmp_path / "both.html"))
+    report.print_table(runs)
+    printed = capsys.readouterr().out
+    assert printed.count("tiny") >= 2
+    assert "worst case" in printed
+    other = tmp_path / "other"
+    evaluate.evaluate(flags_for(workdir, other, attacks="fgsm", num_examples=20))
+    with pytest.raises(ValueError, match="evaluations differ in num_examples"):
+        compare.compare([str(out), str(other)], str(tmp_path / "x.html"))
+    with pytest.raises(FileNotFoundError, match=r"holds no results.json: run eval.py first"):
+        compare.compare([str(tmp_path)], str(tmp_path / "x.html"))
+    with pytest.raises(ValueError, match="evaluations is empty"):
+        compare.compare([], "x.html")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"attacks": "pdg"}, ValueError, "attack='pdg'.*Did you mean 'pgd'"),
+        ({"attacks": "pgd:num_step=3"}, ValueError, "no option 'num_step'.*Did you mean 'num_steps'"),
+        ({"attacks": "pgd:fast"}, ValueError, "'fast' is not option=value"),
+        ({"attacks": " , "}, ValueError, "names no attack"),
+        ({"attacks": "pgd:num_steps=0"}, ValueError, "num_steps=0 must be an integer >= 1"),
+        ({"epsilon": -0.1}, ValueError, "epsilon=-0.1 must be"),
+        ({"norm": "linff"}, ValueError, "norm='linff'.*Did you mean 'linf'"),
+        ({"num_examples": 0}, ValueError, "num_examples=0"),
+        ({"batch_size": -1}, ValueError, "batch_size=-1"),
+        ({"checkpoint": "17"}, FileNotFoundError, r"checkpoint='17' does not exist.*\[30\]"),
+    ],
+)
+def test_bad_flags_are_refused_before_anything_is_written(
+    workdir, tmp_path, changes, error, message
+):
+    with pytest.raises(error, match=message):
+        evaluate.evaluate(flags_for(workdir, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no run: config.json is missing"):
+        evaluate.evaluate(evaluate.EvalFlags(str(tmp_path)))
+
+
+def test_a_checkpoint_of_another_model_names_the_leaf(workdir, tmp_path):
+    other = tmp_path / "run"
+    other.mkdir()
+    (other / "checkpoints").symlink_to(workdir / "checkpoints")
+    saved = json.loads((workdir / "config.json").read_text())
+    saved["config"]["model"]["width"] = 0.5
+    (other / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(checkpoint.IncompatibleCheckpointError, match="params/block_0/conv/kernel has shape"):
+        loading.load_run(other)
+
+
+def test_damaged_records_are_named(tmp_path):
+    kept = records.Records(tmp_path, {"seed": 0})
+    kept.save("pgd:loss=x/../y", 0, 3, {"success": np.zeros(4, bool)})
+    files = list(tmp_path.rglob("*.npz"))
+    assert [path.parent.parent for path in files] == [tmp_path]
+    np.testing.assert_array_equal(kept.load("pgd:loss=x/../y", 0, 3)["success"], np.zeros(4, bool))
+    assert kept.load("pgd", 0, 3) is None
+    files[0].write_bytes(files[0].read_bytes()[:20])
+    with pytest.raises(ValueError, match="is damaged.*delete it"):
+        kept.load("pgd:loss=x/../y", 0, 3)
+
+
+def test_attack_specs():
+    assert evaluate.parse_attack("fgsm") == ("fgsm", {})
+    name, options = evaluate.parse_attack("pgd:num_steps=7:step_size=2/255:random_start=false:loss=dlr")
+    assert name == "pgd"
+    assert options == {
+        "num_steps": 7,
+        "step_size": pytest.approx(2 / 255),
+        "random_start": False,
+        "loss": "dlr",
+    }
+    assert set(attacks.REGISTRY) >= {"fgsm", "pgd", "pgd-margin", "pgd-dlr"}

@@ -1,0 +1,94 @@
+"""The canonical convolution equals lax in value and in every derivative, and Normalize its formula."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from gfa_jax.models import layers
+
+CASES = {
+    # Below and above the number of positions from which weight gradients are products.
+    "same_small": ((2, 5, 6, 3), (3, 3, 3, 4), "SAME"),
+    "same_large": ((2, 13, 12, 3), (3, 3, 3, 4), "SAME"),
+    "valid_large": ((2, 14, 15, 2), (3, 2, 2, 3), "VALID"),
+    "even_kernel": ((2, 12, 12, 2), (4, 4, 2, 3), "SAME"),
+    "wide_pads": ((1, 4, 4, 2), (2, 2, 2, 3), ((3, 2), (0, 3))),
+    "one_by_one": ((2, 12, 12, 4), (1, 1, 4, 2), "VALID"),
+}
+
+
+def reference(inputs, kernel, padding):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(inputs, kernel, (1, 1), padding, dimension_numbers=numbers)
+
+
+def canonical(inputs, kernel, padding):
+    spatial, size = inputs.shape[1:3], kernel.shape[:2]
+    pads = layers._explicit_padding(padding, spatial, size)
+    return layers._convolve(pads, None, inputs, kernel)
+
+
+@pytest.fixture(params=CASES)
+def case(request, key):
+    shape, kernel_shape, padding = CASES[request.param]
+    left, right = jax.random.split(key)
+    return jax.random.normal(left, shape), jax.random.normal(right, kernel_shape), padding
+
+
+def test_values_and_first_derivatives(case):
+    inputs, kernel, padding = case
+    with jax.enable_x64(True):
+        inputs, kernel = inputs.astype(jnp.float64), kernel.astype(jnp.float64)
+        results = []
+        for conv in (canonical, reference):
+            loss = lambda x, k, conv=conv: jnp.sum(jnp.sin(conv(x, k, padding)))  # noqa: E731
+            results.append((conv(inputs, kernel, padding), *jax.grad(loss, (0, 1))(inputs, kernel)))
+        chex.assert_trees_all_close(*results, rtol=1e-10, atol=1e-10)
+
+
+def test_second_derivatives(case):
+    inputs, kernel, padding = case
+    with jax.enable_x64(True):
+        inputs, kernel = inputs.astype(jnp.float64), kernel.astype(jnp.float64)
+
+        def gradient_energy(x, k, conv):
+            loss = lambda x, k: jnp.sum(jnp.sin(conv(x, k, padding)))  # noqa: E731
+            first, second = jax.grad(loss, (0, 1))(x, k)
+            return jnp.sum(jnp.cos(first)) + jnp.sum(second**2)
+
+        results = [
+            jax.jit(jax.grad(gradient_energy, (0, 1)), static_argnums=2)(inputs, kernel, conv)
+            for conv in (canonical, reference)
+        ]
+        chex.assert_trees_all_close(*results, rtol=1e-9, atol=1e-9)
+
+
+def test_is_used_for_plain_convolutions_and_only_for_them(key):
+    inputs = jax.random.normal(key, (2, 6, 6, 4))
+    for options, plain in (
+        ({}, True),
+        ({"strides": (2, 2)}, False),
+        ({"kernel_dilation": (2, 2)}, False),
+        ({"feature_group_count": 2}, False),
+    ):
+        conv = nn.Conv(4, (3, 3), conv_general_dilated=layers.conv_general_dilated, **options)
+        usual = nn.Conv(4, (3, 3), **options)
+        variables = usual.init(key, inputs)
+        chex.assert_trees_all_close(
+            conv.apply(variables, inputs), usual.apply(variables, inputs), rtol=1e-5, atol=1e-6
+        )
+        jaxpr = str(jax.make_jaxpr(lambda x, c=conv, v=variables: c.apply(v, x))(inputs))
+        assert ("custom_vjp_call" in jaxpr) == plain
+
+
+def test_normalize_uses_one_value_or_one_for_each_channel(key):
+    inputs = jax.random.uniform(key, (2, 3, 3, 2))
+    one = layers.Normalize((0.5,), (0.25,)).apply({}, inputs)
+    chex.assert_trees_all_close(one, (inputs - 0.5) / 0.25, rtol=1e-6)
+    each = layers.Normalize((0.5, 0.1), (0.25, 2.0)).apply({}, inputs)
+    expected = (np.asarray(inputs) - np.array([0.5, 0.1])) / np.array([0.25, 2.0])
+    chex.assert_trees_all_close(each, expected, rtol=1e-5)

@@ -1,0 +1,80 @@
+"""Every model: its shape, its taps, and what homogeneous means."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gfa_jax import taps
+from gfa_jax.models import MODELS, create
+from gfa_jax.training import state
+
+SHAPES = {"cnn4": (8, 8, 1), "cnn6": (32, 32, 3), "cnn7": (32, 32, 3)}
+
+
+def build(name, key, **options):
+    module = create(name, num_classes=5, **options)
+    images = jax.random.uniform(key, (2, *SHAPES[name]))
+    return module, jax.jit(module.init)(key, images), images
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("homogeneous", [True, False])
+def test_logits_and_default_taps(name, homogeneous, key):
+    module, variables, images = build(name, key, homogeneous=homogeneous, width=0.25)
+    spec = MODELS[name]
+    apply_fn = taps.tap_linen(module, variables, layers=[spec.input_layer, spec.hidden_layers])
+    logits, features = jax.jit(lambda x: apply_fn({}, x))(images)
+    assert logits.shape == (2, 5)
+    assert logits.dtype == jnp.float32
+    assert spec.input_layer in features
+    assert len(features) == {"cnn4": 5, "cnn6": 7, "cnn7": 7}[name]
+    assert all((feature >= 0).all() for path, feature in features.items() if path != "normalize")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_homogeneous_models_scale_with_their_normalised_input(name, key):
+    module, variables, images = build(name, key, input_mean=(0.0,), input_std=(0.5,), width=0.25)
+    logits = jax.jit(lambda x: module.apply(variables, x))
+    chex.assert_trees_all_close(logits(3 * images), 3 * logits(images), rtol=1e-4, atol=1e-5)
+    paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(variables)]
+    assert not any("bias" in path or "scale" in path for path in paths)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_usual_form_has_biases(name, key):
+    _, variables, _ = build(name, key, homogeneous=False, width=0.25)
+    assert "bias" in variables["params"]["head"]
+    assert ("batch_stats" in variables) == (name == "cnn7")
+
+
+def test_cnn7_has_the_published_size(key):
+    """Four convolutions and three dense layers with BatchNorm: about 1.15 M parameters."""
+    _, variables, _ = build("cnn7", key, homogeneous=False)
+    kernels = 9 * (3 * 64 + 64 * 64 + 64 * 128 + 128 * 128) + 3200 * 256 + 256 * 256 + 256 * 5
+    biases = 64 + 64 + 128 + 128 + 256 + 256
+    assert state.num_params(variables["params"]) == kernels + 3 * biases + 5
+
+
+@pytest.mark.parametrize("initializer", ["he", "orthogonal"])
+def test_initialisation_keeps_the_scale_of_the_signal(initializer, key):
+    module, variables, _ = build("cnn6", key, initializer=initializer)
+    images = jax.random.normal(key, (8, 32, 32, 3))
+    apply_fn = taps.tap_linen(module, variables, layers="block_[0-9]+")
+    _, features = jax.jit(lambda x: apply_fn({}, x))(images)
+    for feature in features.values():
+        assert 0.05 < np.sqrt(np.mean(np.square(feature))) < 20
+
+
+def test_bad_options_name_the_argument():
+    with pytest.raises(ValueError, match="model='cnn5' is not one of .*Did you mean"):
+        create("cnn5", num_classes=10)
+    with pytest.raises(ValueError, match="initializer='xavier' is not one of"):
+        create("cnn4", num_classes=10, initializer="xavier")
+    with pytest.raises(ValueError, match="width=0 must be"):
+        create("cnn4", num_classes=10, width=0)
+    with pytest.raises(ValueError, match=r"input_std\[0\]=0.0"):
+        create("cnn4", num_classes=10, input_std=(0.0,))
+    with pytest.raises(ValueError, match="num_classes=1 must be at least 2"):
+        create("cnn4", num_classes=1)

@@ -1,0 +1,154 @@
+"""Recipes: every shipped file, round trips, overrides, and refusals with suggestions."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import pytest
+
+from gfa_jax import cli
+from gfa_jax import config as config_lib
+from gfa_jax.training import recipe
+
+CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_valid_and_survives_json(path):
+    config = config_lib.load_file(str(path))
+    config_lib.validate(config)
+    assert config_lib.from_dict(json.loads(json.dumps(config_lib.to_dict(config)))) == config
+    docstring = path.read_text().split('"""')[1]
+    assert all(f"\n{word}: " in docstring for word in ("Source", "Data", "Cost", "Result", "Command"))
+    assert f"configs/{path.name}" in docstring
+    shape = (8, 8, 1) if config.data.name == "digits" else (32, 32, 3)
+    built = recipe.build(config, num_classes=10, image_shape=shape)
+    assert bool(built.train_layers) == (config.gfa.weight > 0)
+
+
+def test_a_config_holds_primitives_only():
+    def check(values):
+        for value in values.values():
+            if isinstance(value, dict):
+                check(value)
+            else:
+                kinds = (str, int, float, bool, list, type(None))
+                assert isinstance(value, kinds)
+
+    check(config_lib.to_dict(config_lib.TrainConfig()))
+
+
+@pytest.fixture
+def smoke():
+    return str(next(path for path in CONFIGS if path.stem == "smoke"))
+
+
+def test_overrides_by_dotted_flags(smoke):
+    flags = cli.parse_train(
+        [
+            f"--config={smoke}",
+            "--workdir",
+            "runs/x",
+            "--config.threat.epsilon=8/255",
+            "--config.optimizer.learning_rate",
+            "0.5",
+            "--config.data.flip=True",
+            "--config.model.input_mean",
+            "0.1",
+            "0.2",
+            "0.3",
+            "--config.attack.step_size=2/255",
+            "--stop_after=3",
+        ]
+    )
+    assert flags.workdir == "runs/x"
+    assert flags.stop_after == 3
+    assert flags.config.threat.epsilon == pytest.approx(8 / 255)
+    assert flags.config.optimizer.learning_rate == 0.5
+    assert flags.config.data.flip
+    assert flags.config.model.input_mean == (0.1, 0.2, 0.3)
+    assert flags.config.attack.step_size == pytest.approx(2 / 255)
+    untouched = config_lib.load_file(smoke)
+    assert flags.config.gfa == untouched.gfa
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.optimizer.learning_rat=1"], "config.optimizer.learning-rate"),
+        (["--config.gfa.wieght=1"], "config.gfa.weight"),
+        (["--config.threat.epsilon=much"], "epsilon"),
+        (["--wrokdir=x"], "workdir"),
+    ],
+)
+def test_misspelt_flags_end_with_a_suggestion(smoke, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        cli.parse_train([f"--config={smoke}", "--workdir=x", *arguments])
+    assert stopped.value.code == 2
+    text = "".join(capsys.readouterr()).replace("_", "-").replace("\n", " ")
+    assert message in text
+
+
+def test_config_files_that_cannot_be_used_are_named(tmp_path, capsys, smoke):
+    missing = smoke.replace("smoke.py", "smok.py")
+    for argv, message in (
+        ([], "--config FILE is required"),
+        (["--config", missing], "does not exist. Close: "),
+    ):
+        with pytest.raises(SystemExit):
+            cli.parse_train([*argv, "--workdir", "x"])
+        assert message in capsys.readouterr().err
+    bad = tmp_path / "bad.py"
+    bad.write_text("x = 1\n")
+    with pytest.raises(ValueError, match=r"has no get_config\(\)"):
+        config_lib.load_file(str(bad))
+    bad.write_text("def get_config():\n    return {}\n")
+    with pytest.raises(ValueError, match="returns dict, not"):
+        config_lib.load_file(str(bad))
+
+
+def test_unknown_fields_of_a_saved_config_are_named():
+    values = config_lib.to_dict(config_lib.TrainConfig())
+    values["gfa"]["wieght"] = 1
+    with pytest.raises(ValueError, match=r"unknown field config.gfa.wieght. Did you mean 'weight'"):
+        config_lib.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        (None, {"batch_size": 0}, "config.batch_size=0 must be an integer >= 1"),
+        (None, {"precision": "half"}, "config.precision='half' is not one of"),
+        ("threat", {"epsilon": -1.0}, "config.threat.epsilon=-1.0"),
+        ("threat", {"norm": "l3"}, "config.threat.norm='l3'.*Did you mean 'l2'|'l1'"),
+        ("model", {"name": "cnn44"}, "config.model.name='cnn44'.*Did you mean 'cnn4'"),
+        ("gfa", {"target": "margins"}, "config.gfa.target='margins'.*Did you mean 'margin'"),
+        ("gfa", {"warmup_fraction": 1.5}, r"config.gfa.warmup_fraction=1.5 must lie in \[0, 1\]"),
+        ("attack", {"name": "apgd"}, "config.attack.name='apgd'.*Did you mean 'pgd'"),
+        ("optimizer", {"learning_rate": float("nan")}, "config.optimizer.learning_rate=nan"),
+        ("loop", {"log_every": 0}, "config.loop.log_every=0"),
+    ],
+)
+def test_values_out_of_range_are_refused(section, changes, message):
+    config = config_lib.TrainConfig()
+    if section is None:
+        config = dataclasses.replace(config, **changes)
+    else:
+        part = dataclasses.replace(getattr(config, section), **changes)
+        config = dataclasses.replace(config, **{section: part})
+    with pytest.raises(ValueError, match=message):
+        config_lib.validate(config)
+
+
+def test_the_batch_must_divide_over_the_devices():
+    with pytest.raises(ValueError, match="config.batch_size=10 must be divisible by the 4 devices"):
+        config_lib.validate(config_lib.TrainConfig(batch_size=10), num_devices=jax.device_count())
+
+
+def test_schedules_reach_the_objective():
+    """The alignment weight and the training radius rise from 0 over their share of training."""
+    weight_at = recipe._ramp(4.0, 0.5, 100)
+    assert [float(weight_at(step)) for step in (0, 25, 50, 99)] == [0.0, 2.0, 4.0, 4.0]
+    assert recipe._ramp(0.0, 0.5, 100)(3) == 0.0
+    assert recipe._ramp(4.0, 0.0, 100)(0) == 4.0
