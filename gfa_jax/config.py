@@ -219,11 +219,9 @@ def validate(config: TrainConfig, *, num_devices: int = 1) -> None:
         **{
             "config.model.width": config.model.width,
             "config.optimizer.learning_rate": config.optimizer.learning_rate,
-            **(
-                {}
-                if config.attack.step_size is None
-                else {"config.attack.step_size": config.attack.step_size}
-            ),
+            "config.attack.step_size": config.attack.step_size,
+            "config.data.max_train_examples": config.data.max_train_examples,
+            **{f"config.model.input_std[{i}]": std for i, std in enumerate(config.model.input_std)},
         }
     )
     _validate.non_negative(
@@ -242,13 +240,26 @@ def validate(config: TrainConfig, *, num_devices: int = 1) -> None:
             "config.loop.keep_best": config.loop.keep_best,
         }
     )
-    for name, fraction in {
+    for name, share in {
         "config.gfa.warmup_fraction": config.gfa.warmup_fraction,
         "config.attack.warmup_fraction": config.attack.warmup_fraction,
-        "config.optimizer.warmup_fraction": config.optimizer.warmup_fraction,
     }.items():
-        if not 0 <= fraction <= 1:
-            raise ValueError(f"{name}={fraction} must lie in [0, 1].")
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name}={share} must lie in [0, 1].")
+    for name, share in {
+        "config.optimizer.warmup_fraction": config.optimizer.warmup_fraction,
+        "config.optimizer.momentum": config.optimizer.momentum,
+    }.items():
+        if not 0 <= share < 1:
+            raise ValueError(f"{name}={share} must lie in [0, 1).")
+    if not 0 < config.gfa.displacement < 1:
+        raise ValueError(f"config.gfa.displacement={config.gfa.displacement} must lie in (0, 1).")
+    input_norm = config.threat.norm if config.gfa.input_norm == "threat" else config.gfa.input_norm
+    if config.gfa.form == "tangential" and config.gfa.input_weight > 0 and input_norm != "l2":
+        raise ValueError(
+            f"config.gfa.form='tangential' is defined for l2 alone, and config.gfa.input_norm is "
+            f"{input_norm!r}: set config.gfa.input_norm='l2' or config.gfa.input_weight=0."
+        )
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

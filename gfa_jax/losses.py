@@ -1,9 +1,8 @@
 """Per-example classification losses without reduction.
 
 Every loss takes ``logits [B, C]`` and ``labels [B]`` (int, in [0, C)) and returns float ``[B]``. A
-larger value is worse for the
-classifier: attacks maximise these functions and training minimises them. Logits are read in float32
-  or wider.
+larger value is worse for the classifier: attacks maximise these functions and training minimises
+them. Logits are read in float32 or wider.
 """
 
 from collections.abc import Callable
@@ -31,8 +30,9 @@ def _wide(logits: Array) -> Array:
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
-    """Returns ``-log softmax(logits)_y``. Its gradient vanishes in float32 once the margin passes
-    about 100.
+    """Returns ``-log softmax(logits)_y``.
+
+    Its gradient vanishes in float32 once the margin passes about 100.
     """
     return optax.losses.softmax_cross_entropy_with_integer_labels(_wide(logits), labels)
 
@@ -48,9 +48,7 @@ def log_odds(logits: Array, labels: Array) -> Array:
 
 
 def margin(logits: Array, labels: Array) -> Array:
-    """Returns ``max_{k != y} z_k - z_y``: positive exactly where the example is misclassified (0 is
-    a tie).
-    """
+    """Returns ``max_{k != y} z_k - z_y``: positive where misclassified, 0 at a tie."""
     logits = _wide(logits)
     return jnp.max(_without(logits, labels), axis=1) - _at(logits, labels)
 
@@ -62,8 +60,7 @@ def class_difference(logits: Array, labels: Array, others: Array) -> Array:
 
 
 def dlr(logits: Array, labels: Array) -> Array:
-    """Returns the difference-of-logits-ratio loss, invariant to shift and positive scale of the
-    logits.
+    """Returns the difference-of-logits-ratio loss, invariant to shift and scale of the logits.
 
     ``(max_{k != y} z_k - z_y) / (z_(1) - z_(3) + 1e-12)`` (Croce & Hein 2020, arXiv 2003.01208, eq.
     6). With two classes there is no third logit and the ratio would be constant, so the margin is
@@ -77,11 +74,10 @@ def dlr(logits: Array, labels: Array) -> Array:
 
 
 def dlr_targeted(logits: Array, labels: Array, targets: Array) -> Array:
-    """Returns the targeted DLR loss ``-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12)`` (the
-    same paper, eq. 7).
+    """Returns the targeted DLR loss ``-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12)``.
 
-    With three classes the denominator is ``z_(1) - z_(3)``, with two it is 1: fall-backs of this
-    library's own.
+    Source: Croce & Hein 2020, arXiv 2003.01208, eq. 7. With three classes the denominator is
+    ``z_(1) - z_(3)``, with two it is 1: fall-backs of this library's own.
     """
     logits = _wide(logits)
     difference = class_difference(logits, labels, targets)
@@ -93,8 +89,9 @@ def dlr_targeted(logits: Array, labels: Array, targets: Array) -> Array:
 
 
 def kl(logits: Array, reference_logits: Array) -> Array:
-    """Returns ``KL(softmax(reference_logits) || softmax(logits))``, both ``[B, C]``: the inner and
-    outer loss of TRADES.
+    """Returns ``KL(softmax(reference_logits) || softmax(logits))``, both ``[B, C]``.
+
+    It is the inner and the outer loss of TRADES.
     """
     log_probs = jax.nn.log_softmax(_wide(logits))
     reference_log_probs = jax.nn.log_softmax(_wide(reference_logits))

@@ -26,9 +26,7 @@ def flatten(vectors: Array) -> Array:
 
 
 def expand(scalars: Array, vectors: Array) -> Array:
-    """Returns ``scalars [B]`` with the trailing axes that let it broadcast against ``vectors [B,
-    ...]``.
-    """
+    """Returns ``scalars [B]`` with the axes that let it broadcast against ``vectors [B, ...]``."""
     return scalars.reshape(scalars.shape + (1,) * (vectors.ndim - 1))
 
 
@@ -65,11 +63,11 @@ def vector_norm(vectors: Array, norm: str) -> Array:
 
 
 def rescale(vectors: Array) -> tuple[Array, Array]:
-    """Divides each example by its largest magnitude, so that sums of squares neither underflow nor
-    overflow.
+    """Divides each example by its largest magnitude.
 
-    The scale is held constant under differentiation. For functions of degree 0, such as a cosine,
-    the value and all derivatives are unchanged.
+    Sums of squares then neither underflow nor overflow. The scale is held constant under
+    differentiation: for functions of degree 0, such as a cosine, the value and all derivatives are
+    unchanged.
 
     Args:
       vectors: ``[B, ...]``.

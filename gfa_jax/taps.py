@@ -264,8 +264,11 @@ class _TappedCall:
             if pattern.fullmatch(path):
                 sites.add(site)
                 self._matched.add(text)
-        if "input" in sites:
+        if "input" in sites and args:
             args = (self._tap(context.module, path, "input", args[0]), *args[1:])
+        elif "input" in sites:
+            first = next(iter(kwargs))
+            kwargs = {**kwargs, first: self._tap(context.module, path, "input", kwargs[first])}
         out = next_fun(*args, **kwargs)
         return self._tap(context.module, path, "output", out) if "output" in sites else out
 

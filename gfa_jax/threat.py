@@ -119,15 +119,15 @@ class ThreatModel:
         blocked = ((inputs <= lower) & (gradients < 0)) | ((inputs >= upper) & (gradients > 0))
         magnitude = norms.flatten(jnp.abs(jnp.where(blocked, 0, gradients)))
         num_kept = max(1, round((1 - sparsity) * magnitude.shape[1]))
-        threshold = jax.lax.top_k(magnitude, num_kept)[0][:, -1:]
+        # Not top_k: XLA does not partition it, so that every device would gather the whole batch.
+        threshold = jnp.sort(magnitude, axis=1)[:, -num_kept, None]
         kept = (magnitude >= threshold) & (magnitude > 0)
         signs = jnp.where(kept, jnp.sign(norms.flatten(gradients)), 0)
         count = jnp.maximum(jnp.sum(kept, axis=1, keepdims=True), 1)
         return (signs / count).reshape(gradients.shape).astype(gradients.dtype)
 
     def linear_maximizer(self, inputs: Array, gradients: Array) -> Array:
-        """Returns the allowed points that maximise ``<gradients, adv_inputs>``: the single step of
-        FGSM.
+        """Returns the allowed points that maximise ``<gradients, adv_inputs>``: FGSM's single step.
 
         l_inf and l_1 are exact with the box: l_inf moves every coordinate as far as it may, l_1
         fills the coordinates of largest gradient to the box until the radius is spent. l_2 is
@@ -154,9 +154,7 @@ class ThreatModel:
 
 
 def _shrink(size: Array, limit: float | Array) -> Array:
-    """Returns the factor that brings vectors of ``size [B]`` to at most ``limit``; never above 1,
-    and 0/0 gives 1.
-    """
+    """Returns the factor ``[B]``, at most 1, that brings vectors of ``size [B]`` to ``limit``."""
     return jnp.where(size > limit, limit / jnp.where(size > 0, size, 1), 1).astype(size.dtype)
 
 
@@ -177,8 +175,7 @@ def project_l1_box(
     epsilon: float | Array,
     bounds: tuple[float, float] = (0.0, 1.0),
 ) -> Array:
-    """Projects perturbations onto ``{|d|_1 <= epsilon} and {lower <= inputs + d <= upper}``,
-    exactly.
+    """Projects onto ``{|d|_1 <= epsilon} and {lower <= inputs + d <= upper}``, exactly.
 
     The projection is ``sign(d) min(max(|d| - t, 0), room)`` where ``room`` is the distance to the
     box and ``t`` is 0 or the root of ``|projection|_1 = epsilon`` (Croce & Hein 2021, arXiv

@@ -123,7 +123,9 @@ def test_split_at_a_zero_reference_is_all_tangential():
     radial, tangential = alignment.radial_tangential(vectors, jnp.zeros((2, 3)))
     chex.assert_trees_all_equal(radial, jnp.zeros((2, 3)))
     chex.assert_trees_all_equal(tangential, vectors)
-    chex.assert_trees_all_equal(alignment.tangential_share(jnp.zeros((2, 3)), vectors), jnp.zeros(2))
+    chex.assert_trees_all_equal(
+        alignment.tangential_share(jnp.zeros((2, 3)), vectors), jnp.zeros(2)
+    )
 
 
 @pytest.mark.parametrize("form", alignment.FORMS)
@@ -145,7 +147,8 @@ def test_derivatives_agree_with_float64_differences(key, form, norm):
 
 
 def bias_free_network(key, depth=3, width=16, inputs=8, classes=4):
-    """Returns ``apply_fn`` of a random ReLU network without biases, with a tap on every layer's input."""
+    """Returns ``apply_fn`` of a random ReLU network without biases, with a tap on every layer's
+    input."""
     keys = jax.random.split(key, depth + 1)
     sizes = [inputs] + [width] * depth
     weights = [

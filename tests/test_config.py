@@ -20,7 +20,9 @@ def test_every_config_is_valid_and_survives_json(path):
     config_lib.validate(config)
     assert config_lib.from_dict(json.loads(json.dumps(config_lib.to_dict(config)))) == config
     docstring = path.read_text().split('"""')[1]
-    assert all(f"\n{word}: " in docstring for word in ("Source", "Data", "Cost", "Result", "Command"))
+    assert all(
+        f"\n{word}: " in docstring for word in ("Source", "Data", "Cost", "Result", "Command")
+    )
     assert f"configs/{path.name}" in docstring
     shape = (8, 8, 1) if config.data.name == "digits" else (32, 32, 3)
     built = recipe.build(config, num_classes=10, image_shape=shape)

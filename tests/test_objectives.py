@@ -1,4 +1,5 @@
-"""Objectives: the GFA loss by hand, its second order against float64, its limits, and composition."""
+"""Objectives: the GFA loss by hand, its second order against float64, its limits, and
+composition."""
 
 import functools
 
@@ -17,7 +18,8 @@ LAYERS = ["normalize", "block_[0-9]+"]
 
 
 class Smooth(nn.Module):
-    """A small network with a smooth activation, so that differences of any size are exact enough."""
+    """A small network with a smooth activation, so that differences of any size are exact
+    enough."""
 
     @nn.compact
     def __call__(self, x, train=False):
@@ -180,7 +182,9 @@ def test_a_layer_of_weight_zero_is_left_out(case, key):
 def test_adversarial_evaluates_the_objective_at_the_attacked_inputs(case, key):
     model, params, batch = case
     attack = attacks.fgsm(ThreatModel(epsilon=0.1))
-    loss, aux = objectives.adversarial(attack, objectives.cross_entropy())(model, params, batch, key)
+    loss, aux = objectives.adversarial(attack, objectives.cross_entropy())(
+        model, params, batch, key
+    )
     logits_fn = lambda x: model(params, {}, x, train=False)[0][0]  # noqa: E731
     adv_inputs = attack(logits_fn, None, batch["inputs"], batch["labels"]).adv_inputs
     expected = jnp.mean(losses.cross_entropy(logits_fn(adv_inputs), batch["labels"]))
@@ -269,7 +273,9 @@ def test_bad_options_are_refused_when_the_objective_is_made(options, message):
 
 def test_patterns_and_taps_that_do_not_exist_are_named(case, key):
     model, params, batch = case
-    with pytest.raises(ValueError, match="layer_norms pattern 'normalise' matches no tap. Did you mean 'normalize'"):
+    with pytest.raises(
+        ValueError, match="layer_norms pattern 'normalise' matches no tap. Did you mean 'normalize'"
+    ):
         objectives.gfa(layer_norms={"normalise": "linf"})(model, params, batch, key)
     with pytest.raises(ValueError, match="the model has no taps to align"):
         untapped = taps.linen_model(create("cnn4", num_classes=4, width=0.25))

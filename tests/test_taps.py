@@ -151,7 +151,9 @@ def test_input_taps(key):
     _, features, grads = taps.feature_gradients(apply_fn, inputs, labels, target="margin")
     assert set(features) == {"input", "first"}
     chex.assert_trees_all_equal(features["input"], inputs)
-    expected = jax.grad(lambda x: jnp.sum(losses.margin(module.apply(variables, x), labels)))(inputs)
+    expected = jax.grad(lambda x: jnp.sum(losses.margin(module.apply(variables, x), labels)))(
+        inputs
+    )
     chex.assert_trees_all_close(grads["input"], expected, rtol=1e-6)
 
 
@@ -169,7 +171,9 @@ def test_a_tap_of_batch_one_is_refused_instead_of_summing_over_the_batch(key):
     inputs = jax.random.normal(key, (BATCH, SIZE))
     apply_fn = taps.tap_linen(module, module.init(key, inputs), layers="first")
     one = taps.zero_taps(apply_fn, inputs[:1])
-    with pytest.raises(ValueError, match=r"tap of 'first' has shape \(1, 6\), the feature \(4, 6\)"):
+    with pytest.raises(
+        ValueError, match=r"tap of 'first' has shape \(1, 6\), the feature \(4, 6\)"
+    ):
         apply_fn(one, inputs)
 
 
@@ -217,7 +221,10 @@ def test_a_pattern_that_matches_nothing_lists_the_layers(key):
     module = Residual()
     inputs = jnp.zeros((1, SIZE, SIZE, 2))
     apply_fn = taps.tap_linen(module, module.init(key, inputs), layers=["block/cnv"])
-    with pytest.raises(ValueError, match=r"'block/cnv' matches no layer of Residual. Did you mean 'block/conv'\?.*block/norm.*stem"):
+    with pytest.raises(
+        ValueError,
+        match=r"'block/cnv' matches no layer of Residual. Did you mean 'block/conv'\?.*norm.*stem",
+    ):
         apply_fn({}, inputs)
 
 
@@ -253,7 +260,9 @@ def test_a_layer_that_returns_no_array_is_refused(key):
 
 def test_a_feature_without_batch_axis_is_refused(key):
     apply_fn = lambda tap_values, inputs: (inputs, {"mean": inputs.mean(axis=0)})  # noqa: E731
-    with pytest.raises(ValueError, match="'mean' has shape \\(3,\\).*leading axis must be the batch of 2"):
+    with pytest.raises(
+        ValueError, match="'mean' has shape \\(3,\\).*leading axis must be the batch of 2"
+    ):
         taps.zero_taps(apply_fn, jnp.ones((2, 3)))
 
 

@@ -1,5 +1,4 @@
-"""What all attacks share: per-example keys, gradients of the summed loss, and the bookkeeping of
-the best point.
+"""What all attacks share: per-example keys, gradients, and the bookkeeping of the best point.
 
 An attack sees a model only as ``logits_fn``. Gradients are those of the sum of per-example losses,
 so that each example's gradient is its own, whatever the batch holds and however it is spread over
@@ -33,8 +32,12 @@ def example_keys(key: Array, indices: Array) -> Array:
 
 
 class Evaluation(NamedTuple):
-    """The model at one point of each example: loss ``[B]``, misclassified bool ``[B]``, gradient
-    ``[B, ...]``.
+    """The model at one point of each example.
+
+    Attributes:
+      loss: float32 ``[B]``.
+      misclassified: bool ``[B]``.
+      gradient: of the summed loss, ``[B, ...]``.
     """
 
     loss: Array
@@ -62,9 +65,7 @@ def evaluate(logits_fn: LogitsFn, loss_fn: LossFn, inputs: Array, labels: Array)
 def evaluate_forward(
     logits_fn: LogitsFn, loss_fn: LossFn, inputs: Array, labels: Array
 ) -> tuple[Array, Array]:
-    """Returns the loss ``[B]`` and whether the example is misclassified ``[B]`` from one forward
-    pass.
-    """
+    """Returns loss ``[B]`` and misclassification ``[B]`` from one forward pass."""
     logits = logits_fn(inputs)
     return loss_fn(logits, labels).astype(jnp.float32), is_misclassified(logits, labels)
 
@@ -93,8 +94,9 @@ class Best(NamedTuple):
     success: Array
 
     def update(self, adv_inputs: Array, loss: Array, misclassified: Array) -> "Best":
-        """Returns the better of this and a new point, example by example. A NaN loss never replaces
-        a point unless it misleads the model.
+        """Returns the better of this and a new point, example by example.
+
+        A point of NaN loss never replaces another unless it misleads the model.
         """
         first_success = misclassified & ~self.success
         better = first_success | ((misclassified == self.success) & (loss > self.loss))
@@ -114,8 +116,9 @@ def finish(
     num_backwards: int,
     num_zero_gradients: Array,
 ) -> AttackResult:
-    """Returns the result of an attack that keeps the best point: the clean input, at distance 0,
-    where it failed.
+    """Returns the result of an attack that keeps the best point.
+
+    Where it failed, that is the clean input, at distance 0.
     """
     adv_inputs = jnp.where(norms.expand(best.success, inputs), best.adv_inputs, inputs)
     count = jnp.ones(inputs.shape[0], jnp.int32)

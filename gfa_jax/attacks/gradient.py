@@ -16,11 +16,13 @@ KEEP = ("best", "last")
 def _keys_needed(keys: Array | None, inputs: Array) -> Array:
     if keys is None:
         raise ValueError(
-            "keys=None, but random_start=True draws one start for each example: pass keys of shape [B] (example_keys)."
+            "keys=None, but random_start=True draws one start for each example: pass keys of "
+            "shape [B] (example_keys)."
         )
     if keys.shape != inputs.shape[:1]:
         raise ValueError(
-            f"keys has shape {keys.shape}; expected one typed key for each of the {inputs.shape[0]} examples."
+            f"keys has shape {keys.shape}; expected one typed key for each of the "
+            f"{inputs.shape[0]} examples."
         )
     return keys
 
@@ -36,8 +38,9 @@ def _last_point_result(
     num_backwards: int,
     num_zero_gradients: Array,
 ) -> AttackResult:
-    """Judges one given point. Under jit, a caller that uses only ``adv_inputs`` does not pay for
-    the judgement.
+    """Judges one given point.
+
+    Under jit, a caller that uses only ``adv_inputs`` does not pay for the judgement.
     """
     adv_inputs = jax.lax.stop_gradient(adv_inputs)
     loss, wrong = base.evaluate_forward(logits_fn, loss_fn, adv_inputs, labels)
@@ -61,11 +64,11 @@ def fgsm(
     random_start: bool = False,
     step_size: float | Array | None = None,
 ) -> AttackFn:
-    """The fast gradient sign method (Goodfellow et al. 2015, arXiv 1412.6572) and its random-start
-    form.
+    """The fast gradient sign method, and its random-start form.
 
-    Without a random start: the allowed point that maximises the linearised loss
-    (``ThreatModel.linear_maximizer``), which in l_inf is ``clip(x + epsilon sign(g))``. With one
+    Without a random start (Goodfellow et al. 2015, arXiv 1412.6572): the allowed point that
+    maximises the linearised loss (``ThreatModel.linear_maximizer``), which in l_inf is
+    ``clip(x + epsilon sign(g))``. With one
     (RS-FGSM, Wong et al. 2020, arXiv 2001.03994): from a random allowed point, one step of
     ``step_size`` along the steepest direction, projected. Counts: 2 forwards (the second judges the
     point), 1 backward. An example of zero gradient stays where it is and is counted in
@@ -89,7 +92,8 @@ def fgsm(
         _validate.positive(step_size=step_size)
         if not random_start:
             raise ValueError(
-                f"step_size={step_size!r} needs random_start=True: plain FGSM always moves by epsilon."
+                f"step_size={step_size!r} needs random_start=True: plain FGSM always moves by "
+                "epsilon."
             )
     step = 1.25 * threat.epsilon if step_size is None else step_size
 
@@ -137,8 +141,7 @@ def pgd(
     keep: str = "best",
     unroll: int | bool = 1,
 ) -> AttackFn:
-    """Projected gradient descent (Madry et al. 2018, arXiv 1706.06083) with steepest steps of the
-    threat's norm.
+    """Projected gradient descent with steepest steps (Madry et al. 2018, arXiv 1706.06083).
 
     Each step moves by ``step_size`` along ``ThreatModel.steepest_step`` and projects. Steps and
     restarts are ``lax.fori_loop`` iterations.
@@ -172,7 +175,8 @@ def pgd(
         _validate.positive(step_size=step_size)
     if num_restarts > 1 and not random_start:
         raise ValueError(
-            f"num_restarts={num_restarts} with random_start=False would repeat the same run: use num_restarts=1."
+            f"num_restarts={num_restarts} with random_start=False would repeat the same run: use "
+            "num_restarts=1."
         )
     if num_restarts > 1 and keep == "last":
         raise ValueError(

@@ -133,7 +133,8 @@ def evaluate(flags: EvalFlags) -> dict[str, Any]:
         "seed": flags.seed,
         "batch_size": batch_size,
         "num_examples": len(run.test_set),
-        "jax": jax.__version__,
+        "data_hash": loading.hash_tree((run.test_set.images, run.test_set.labels)),
+        "jax": f"{jax.__version__} ({jax.default_backend()})",
     }
     kept = records.Records(out / "records", header)
     # Attacks and their verdicts use full float32 products: TF32 or bfloat16 flips borderline
@@ -378,7 +379,7 @@ class _Evaluation:
         layers = {
             name: {
                 "alignment_mean": float(values["alignment"][mask].mean()),
-                "radial_degree_median": float(np.nanmedian(values["radial_degree"][mask])),
+                "radial_degree_median": _median(values["radial_degree"][mask]),
                 "tangential_share_mean": float(measured["shares"][name][attacked].mean())
                 if attacked.any()
                 else None,
@@ -393,7 +394,7 @@ class _Evaluation:
                 "layer": run.recipe.layers[0],
                 "lengths": list(LENGTHS),
                 "median_log_odds": {
-                    name: np.median(curve[:, mask], axis=1).tolist()
+                    name: [_median(values) for values in curve[:, mask]]
                     for name, curve in measured["directions"].items()
                 },
             },
@@ -404,6 +405,12 @@ class _Evaluation:
             "labels": batch["labels"][shown]
         }
         return results, examples
+
+
+def _median(values: np.ndarray) -> float | None:
+    """Returns the median of the finite values; ``None`` without any, as in a dead network."""
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if finite.size else None
 
 
 def _box_radius(threat: ThreatModel, image_shape: Sequence[int]) -> float:

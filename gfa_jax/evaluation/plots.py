@@ -30,6 +30,11 @@ def _encode(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def _number(value: float | None) -> float:
+    """Returns the value, or NaN, which leaves a gap, for a missing one."""
+    return np.nan if value is None else value
+
+
 def _style(axes: Axes) -> None:
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -80,7 +85,7 @@ def layer_alignment(runs: Sequence[Results]) -> str:
     height = 0.8 / len(runs)
     for axes, field in ((left, "alignment_mean"), (right, "radial_degree_median")):
         for number, run in enumerate(runs):
-            values = [run["layers"].get(name, {}).get(field, np.nan) for name in names]
+            values = [_number(run["layers"].get(name, {}).get(field)) for name in names]
             offset = (number - (len(runs) - 1) / 2) * height
             axes.barh(
                 positions + offset,
@@ -111,7 +116,10 @@ def loss_along_directions(runs: Sequence[Results]) -> str:
         directions = run["directions"]
         for color, (name, label) in zip(COLORS, _DIRECTION_LABELS.items(), strict=False):
             axes.plot(
-                directions["lengths"], directions["median_log_odds"][name], color=color, label=label
+                directions["lengths"],
+                [_number(value) for value in directions["median_log_odds"][name]],
+                color=color,
+                label=label,
             )
         axes.axhline(0, color="#888888", linewidth=0.8, linestyle="--")
         axes.set_title(str(run["name"]), fontsize=10)

@@ -73,7 +73,7 @@ class Records:
         if not path.exists():
             return None
         try:
-            with np.load(path, allow_pickle=False) as stored:
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
                 return {name: stored[name] for name in stored.files}
         except Exception as error:
             raise ValueError(

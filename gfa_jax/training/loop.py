@@ -5,22 +5,25 @@ Training can be stopped and resumed at any moment.
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import pathlib
 import platform
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from gfa_jax import attacks, data, files
+from gfa_jax import _validate, attacks, data, files
 from gfa_jax import config as config_lib
 from gfa_jax.config import TrainConfig
 from gfa_jax.training import checkpoint, guards, recipe, state, step
 from gfa_jax.training.metrics import MetricsWriter
+from gfa_jax.training.metrics import read as read_metrics
 from gfa_jax.training.progress import Progress, format_seconds
 from gfa_jax.types import Array
 
@@ -124,6 +127,40 @@ class _Run:
         return self.put({"inputs": batch["inputs"], "labels": batch["labels"]})
 
     @property
+    def template(self) -> state.TrainState:
+        """Shapes, dtypes and shardings of the state."""
+        sharding = step.replicated(self.mesh)
+        shapes = jax.eval_shape(self.init, jax.random.key(0))
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
+        )
+
+    def init(self, key: Array) -> state.TrainState:
+        """Returns the state at step 0; traceable."""
+        built = self.recipe
+        return state.create(built.module, built.optimizer, key, built.image_shape)
+
+    def trace_step(self) -> jax.stages.Lowered:
+        """Traces the train step without compiling it."""
+        built = self.recipe
+        train_step = step.make_train_step(
+            built.module,
+            built.objective_at,
+            built.optimizer,
+            layers=built.train_layers,
+            augment=built.augment,
+            mesh=self.mesh,
+        )
+        return train_step.lower(self.template, self.train_batch(0), self.keys[1])
+
+    @functools.cached_property
+    def keys(self) -> tuple[Array, Array]:
+        """The keys of initialisation and of training, on every device."""
+        everywhere = step.replicated(self.mesh)
+        init_key, train_key = jax.random.split(jax.random.key(self.config.seed))
+        return jax.device_put(init_key, everywhere), jax.device_put(train_key, everywhere)
+
+    @property
     def best_metric(self) -> str:
         if self.validation_set is None:
             return ""
@@ -159,20 +196,26 @@ def train_and_evaluate(
     """
     workdir = pathlib.Path(workdir)
     config_lib.validate(config, num_devices=jax.device_count())
+    if stop_after is not None:
+        _validate.positive_integer(stop_after=stop_after)
     train_set, validation_set = _load_data(config)
     built = recipe.build(
         config, num_classes=train_set.num_classes, image_shape=train_set.image_shape
     )
     run = _Run(config, built, step.data_mesh(), train_set, validation_set)
-    claim_workdir(workdir, config)
-    checkpoints = checkpoint.Checkpoints(
-        workdir / "checkpoints", metric=run.best_metric, keep_best=config.loop.keep_best
-    )
-    try:
-        with jax.default_matmul_precision(config.precision), _stop_requests() as requests:
-            return _train(run, workdir, checkpoints, requests, stop_after or config.train_steps)
-    finally:
-        checkpoints.close()
+    last_step = min(stop_after or config.train_steps, config.train_steps)
+    with jax.default_matmul_precision(config.precision):
+        # Tracing finds the mistakes that need the model, such as a pattern without a match.
+        traced_step = run.trace_step()
+        claim_workdir(workdir, config)
+        checkpoints = checkpoint.Checkpoints(
+            workdir / "checkpoints", metric=run.best_metric, keep_best=config.loop.keep_best
+        )
+        try:
+            with _stop_requests() as requests:
+                return _train(run, traced_step, workdir, checkpoints, requests, last_step)
+        finally:
+            checkpoints.close()
 
 
 def _load_data(config: TrainConfig) -> tuple[data.Dataset, data.Dataset | None]:
@@ -192,36 +235,29 @@ def _load_data(config: TrainConfig) -> tuple[data.Dataset, data.Dataset | None]:
 
 def _train(
     run: _Run,
+    traced_step: jax.stages.Lowered,
     workdir: pathlib.Path,
     checkpoints: checkpoint.Checkpoints,
     requests: list[str],
     last_step: int,
 ) -> dict[str, float]:
     config, built = run.config, run.recipe
-    everywhere = step.replicated(run.mesh)
-    init_key, train_key = (
-        jax.device_put(np.asarray(k), everywhere) for k in _raw_keys(config.seed)
-    )
-    init_key, train_key = jax.random.wrap_key_data(init_key), jax.random.wrap_key_data(train_key)
-
-    def init(key: Array) -> state.TrainState:
-        return state.create(built.module, built.optimizer, key, built.image_shape)
-
-    shapes = jax.eval_shape(init, init_key)
-    template = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes
-    )
+    template = run.template
+    init_key, train_key = run.keys
     restored = checkpoints.restore_latest(template)
     current, metadata = restored or (
-        jax.jit(init, out_shardings=everywhere)(init_key),
+        jax.jit(run.init, out_shardings=step.replicated(run.mesh))(init_key),
         {"train_seconds": 0.0},
     )
     first_step = int(current.step)
+    if first_step >= last_step:
+        print(f"{workdir}: step {first_step} of {config.train_steps} is done already.")
+        return _last_metrics(workdir / "metrics.jsonl")
     seconds_before = float(metadata["train_seconds"])
     writer = MetricsWriter(workdir / "metrics.jsonl", resume_step=first_step)
     progress = Progress("train", config.train_steps, first_step)
     progress.say(
-        f"{config.model.name}: {state.num_params(shapes.params):,} parameters, "
+        f"{config.model.name}: {state.num_params(template.params):,} parameters, "
         f"{len(run.train_set)} training examples, {versions()['devices']}"
         + (f"; resumed at step {first_step}" if restored else "")
     )
@@ -248,19 +284,10 @@ def _train(
     guard = guards.CollapseGuard(run.train_set.num_classes)
     result: dict[str, float] = {}
     try:
-        if first_step < last_step:
-            with progress.chrono.paused():
-                jitted_step = step.make_train_step(
-                    built.module,
-                    built.objective_at,
-                    built.optimizer,
-                    layers=built.train_layers,
-                    augment=built.augment,
-                    mesh=run.mesh,
-                )
-                train_step = jitted_step.lower(
-                    current, run.train_batch(first_step), train_key
-                ).compile()
+        with progress.chrono.paused():
+            compile_start = time.monotonic()
+            train_step = traced_step.compile()
+            progress.say(f"compiled the step in {time.monotonic() - compile_start:.1f} s")
         pending: tuple[int, Mapping[str, Array]] | None = None
 
         def settle() -> dict[str, float]:
@@ -316,10 +343,8 @@ def _train(
             if stop:
                 progress.say(f"{requests[0]}: saved step {number}; the same command resumes.")
                 return result
-        if not result:
-            result = evaluate(current)
         progress.say(
-            f"done: {config.train_steps} steps, "
+            f"done: step {last_step} of {config.train_steps}, "
             f"{format_seconds(seconds_before + progress.chrono.seconds)} of training."
         )
         return result
@@ -328,9 +353,12 @@ def _train(
         writer.close()
 
 
-def _raw_keys(seed: int) -> tuple[Array, Array]:
-    init_key, train_key = jax.random.split(jax.random.key(seed))
-    return jax.random.key_data(init_key), jax.random.key_data(train_key)
+def _last_metrics(path: pathlib.Path) -> dict[str, float]:
+    """Returns the last validation metrics of a finished run, or else its last training metrics."""
+    rows = read_metrics(path)
+    evaluations = [row for row in rows if any(name.startswith("eval/") for name in row)]
+    last = (evaluations or rows or [{}])[-1]
+    return {name: value for name, value in last.items() if name.startswith(("eval/", "train/"))}
 
 
 def _make_evaluator(run: _Run) -> Any:

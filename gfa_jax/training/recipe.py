@@ -1,6 +1,7 @@
 """From a config to the functions that training and evaluation run: the one translator."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -89,13 +90,22 @@ def build(config: TrainConfig, *, num_classes: int, image_shape: tuple[int, ...]
     )
     hidden = config.gfa.hidden_layers or spec.hidden_layers
     input_norm = config.threat.norm if config.gfa.input_norm == "threat" else config.gfa.input_norm
+    if hidden == spec.input_layer:
+        raise ValueError(
+            f"config.gfa.hidden_layers={hidden!r} is the input's tap: weigh it by "
+            "config.gfa.input_weight, and set config.gfa.hidden_weight=0 to align nothing else."
+        )
+    # The first pattern that matches a tap counts: a broad one leaves the input its own weight.
     aligned = {spec.input_layer: config.gfa.input_weight, hidden: config.gfa.hidden_weight}
-    train_layers = (
-        tuple(layer for layer, weight in aligned.items() if weight > 0)
-        if config.gfa.weight > 0
-        else ()
-    )
-    if config.gfa.weight > 0 and not train_layers:
+    if config.gfa.hidden_weight == 0:
+        del aligned[hidden]
+    if config.gfa.input_weight == 0 and not (
+        config.gfa.hidden_weight > 0 and re.fullmatch(hidden, spec.input_layer)
+    ):
+        del aligned[spec.input_layer]
+    if config.gfa.weight == 0:
+        aligned = {}
+    elif not any(aligned.values()):
         raise ValueError(
             "config.gfa.input_weight=0 and config.gfa.hidden_weight=0 leave no layer to align: set "
             "config.gfa.weight=0 for none."
@@ -110,14 +120,10 @@ def build(config: TrainConfig, *, num_classes: int, image_shape: tuple[int, ...]
         module=module,
         image_shape=image_shape,
         threat=ThreatModel(norm=config.threat.norm, epsilon=config.threat.epsilon),
-        layers=(spec.input_layer, spec.hidden_layers),
+        layers=(spec.input_layer, hidden),
         layer_norms={spec.input_layer: input_norm},
-        train_layers=train_layers,
-        objective_at=_objective_at(
-            config,
-            {layer: aligned[layer] for layer in train_layers},
-            {spec.input_layer: input_norm},
-        ),
+        train_layers=tuple(aligned),
+        objective_at=_objective_at(config, aligned, {spec.input_layer: input_norm}),
         learning_rate=learning_rate,
         optimizer=optimizer,
         augment=augment,
@@ -157,17 +163,11 @@ def _objective_at(
             return objective
         epsilon = epsilon_at(step)
         threat = ThreatModel(norm=config.threat.norm, epsilon=epsilon)
-        # The step size follows the radius through its warm-up.
-        share = (
-            None
-            if config.attack.step_size is None
-            else config.attack.step_size / config.threat.epsilon
-        )
-        attack = attacks.create(
-            config.attack.name,
-            threat,
-            **_attack_options(config, None if share is None else share * epsilon),
-        )
+        step_size: float | Array | None = config.attack.step_size
+        if step_size is not None and config.threat.epsilon > 0:
+            # It follows the radius through its warm-up.
+            step_size = step_size / config.threat.epsilon * epsilon
+        attack = attacks.create(config.attack.name, threat, **_attack_options(config, step_size))
         return objectives.adversarial(attack, objective, attack_train_mode=config.attack.train_mode)
 
     # Raises on bad options now.

@@ -1,4 +1,5 @@
-"""The evaluation end to end on a tiny run: results, records, resuming, reports, comparison, refusals."""
+"""The evaluation end to end on a tiny run: results, records, resuming, reports, comparison,
+refusals."""
 
 import dataclasses
 import json
@@ -162,7 +163,11 @@ def test_compare_prints_one_table_and_refuses_what_does_not_compare(
     ("changes", "error", "message"),
     [
         ({"attacks": "pdg"}, ValueError, "attack='pdg'.*Did you mean 'pgd'"),
-        ({"attacks": "pgd:num_step=3"}, ValueError, "no option 'num_step'.*Did you mean 'num_steps'"),
+        (
+            {"attacks": "pgd:num_step=3"},
+            ValueError,
+            "no option 'num_step'.*Did you mean 'num_steps'",
+        ),
         ({"attacks": "pgd:fast"}, ValueError, "'fast' is not option=value"),
         ({"attacks": " , "}, ValueError, "names no attack"),
         ({"attacks": "pgd:num_steps=0"}, ValueError, "num_steps=0 must be an integer >= 1"),
@@ -193,7 +198,9 @@ def test_a_checkpoint_of_another_model_names_the_leaf(workdir, tmp_path):
     saved = json.loads((workdir / "config.json").read_text())
     saved["config"]["model"]["width"] = 0.5
     (other / "config.json").write_text(json.dumps(saved))
-    with pytest.raises(checkpoint.IncompatibleCheckpointError, match="params/block_0/conv/kernel has shape"):
+    with pytest.raises(
+        checkpoint.IncompatibleCheckpointError, match="params/block_0/conv/kernel has shape"
+    ):
         loading.load_run(other)
 
 
@@ -211,7 +218,9 @@ def test_damaged_records_are_named(tmp_path):
 
 def test_attack_specs():
     assert evaluate.parse_attack("fgsm") == ("fgsm", {})
-    name, options = evaluate.parse_attack("pgd:num_steps=7:step_size=2/255:random_start=false:loss=dlr")
+    name, options = evaluate.parse_attack(
+        "pgd:num_steps=7:step_size=2/255:random_start=false:loss=dlr"
+    )
     assert name == "pgd"
     assert options == {
         "num_steps": 7,

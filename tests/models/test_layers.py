@@ -1,4 +1,5 @@
-"""The canonical convolution equals lax in value and in every derivative, and Normalize its formula."""
+"""The canonical convolution equals lax in value and in every derivative, and Normalize its
+formula."""
 
 import chex
 import flax.linen as nn

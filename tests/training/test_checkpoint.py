@@ -62,7 +62,9 @@ def test_the_latest_is_kept_beside_the_best(tmp_path, mesh):
         assert number == expected
         assert params["layer"]["kernel"][0, 0] == expected
         chex.assert_trees_all_equal(model_state, {"batch_stats": {"mean": jnp.ones(2)}})
-    with pytest.raises(FileNotFoundError, match=r"checkpoint=3 does not exist.*steps there: \[2, 4\]"):
+    with pytest.raises(
+        FileNotFoundError, match=r"checkpoint=3 does not exist.*steps there: \[2, 4\]"
+    ):
         checkpoints.restore_model(model, 3)
     checkpoints.close()
 
@@ -100,7 +102,9 @@ def test_a_changed_dtype_is_an_error_not_a_cast(tmp_path, mesh):
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=leaf.sharding),
         template.params,
     )
-    with pytest.raises(checkpoint.IncompatibleCheckpointError, match="dtype float32, expected .*bfloat16"):
+    with pytest.raises(
+        checkpoint.IncompatibleCheckpointError, match="dtype float32, expected .*bfloat16"
+    ):
         checkpoints.restore_latest(template.replace(params=half))
     checkpoints.close()
 

@@ -116,7 +116,9 @@ def test_a_non_finite_loss_stops_with_the_last_good_checkpoint(tmp_path):
             name="sgd", learning_rate=1e25, schedule="constant", warmup_fraction=0, clip_norm=0
         ),
     )
-    with pytest.raises(guards.TrainingFailedError, match="not finite. The last checkpoint is intact"):
+    with pytest.raises(
+        guards.TrainingFailedError, match="not finite. The last checkpoint is intact"
+    ):
         loop.train_and_evaluate(config, tmp_path)
     rows = metrics.read(tmp_path / "metrics.jsonl")
     assert all(np.isfinite(list(row.values())).all() for row in rows)
@@ -126,7 +128,9 @@ def test_a_folder_of_another_config_is_refused_and_left_alone(uninterrupted):
     workdir, _ = uninterrupted
     before = (workdir / "config.json").read_bytes()
     other = tiny_config(seed=3, gfa=config_lib.GFAConfig(weight=2.0))
-    with pytest.raises(loop.WorkdirMismatchError, match=r"config.gfa.weight: 1.0 there, 2.0 now\n.*config.seed"):
+    with pytest.raises(
+        loop.WorkdirMismatchError, match=r"config.gfa.weight: 1.0 there, 2.0 now\n.*config.seed"
+    ):
         loop.train_and_evaluate(other, workdir)
     assert (workdir / "config.json").read_bytes() == before
 
@@ -163,7 +167,9 @@ def test_bad_configs_are_refused_before_anything_is_written(tmp_path):
 
 def test_a_layer_pattern_that_matches_nothing_is_refused(tmp_path):
     config = tiny_config(gfa=config_lib.GFAConfig(weight=1.0, hidden_layers="blok_.*"))
-    with pytest.raises(ValueError, match=r"'blok_.\*' matches no layer of CNN.*Its layers are: block_0"):
+    with pytest.raises(
+        ValueError, match=r"'blok_.\*' matches no layer of CNN.*Its layers are: block_0"
+    ):
         loop.train_and_evaluate(config, tmp_path)
 
 
@@ -176,7 +182,9 @@ def test_collapse_is_recognised():
         guard.check(number, healthy)
     for number in range(20, 40):
         guard.check(number, untrained)
-    with pytest.raises(guards.TrainingFailedError, match="alignment collapse.*one class became the dump"):
+    with pytest.raises(
+        guards.TrainingFailedError, match="alignment collapse.*one class became the dump"
+    ):
         for number in range(40, 50):
             guard.check(number, collapsed)
 

@@ -45,7 +45,8 @@ OBJECTIVES = {
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_step_does_not_depend_on_the_number_of_devices(name, key):
-    """Gradients of a mean over a device's share would differ here: the tangential form sees their size."""
+    """Gradients of a mean over a device's share would differ here: the tangential form sees their
+    size."""
     module = create("cnn4", num_classes=4, width=0.25)
     batch = {
         "inputs": np.asarray(jax.random.uniform(key, (8, 8, 8, 1))),
@@ -59,7 +60,9 @@ def test_the_step_does_not_depend_on_the_number_of_devices(name, key):
         results.append((current.params, metrics))
     # A ReLU unit at the edge of zero may flip with the rounding; the whole must agree.
     (one, one_metrics), (four, four_metrics) = jax.device_get(results)
-    flat = [np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)]) for tree in (one, four)]
+    flat = [
+        np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)]) for tree in (one, four)
+    ]
     assert np.linalg.norm(flat[0] - flat[1]) <= 1e-4 * np.linalg.norm(flat[0])
     chex.assert_trees_all_close(one_metrics, four_metrics, rtol=1e-3, atol=1e-5)
 
