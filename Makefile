@@ -6,7 +6,6 @@ PYTHON ?= python3
 VENV ?= .venv-$(notdir $(PYTHON))
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
-export JAX_PLATFORMS ?=
 
 .PHONY: demo test test-slow test-parity lint format install install-parity clean
 
@@ -30,7 +29,7 @@ test: install
 	$(BIN)/python -m pytest
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	XLA_FLAGS= $(BIN)/python -m pytest -m slow
 
 install-parity: install
 	$(BIN)/python -m pip install --quiet --editable '.[parity]'

@@ -20,7 +20,7 @@ def get_config() -> TrainConfig:
     return dataclasses.replace(
         digits_standard.get_config(),
         gfa=GFAConfig(
-            weight=3.0,
+            weight=3.5,
             warmup_fraction=0.5,
             target="log_odds",  # sampled_margin is the safer choice on colour images, weaker here
             form="log",

@@ -26,7 +26,7 @@ def get_config() -> TrainConfig:
         # Mean and standard deviation of the training pixels.
         model=ModelConfig(name="cnn4", input_mean=(0.305,), input_std=(0.376,)),
         threat=ThreatConfig(norm="linf", epsilon=0.15),
-        optimizer=OptimizerConfig(name="adamw", learning_rate=1e-2, schedule="onecycle"),
+        optimizer=OptimizerConfig(name="adamw", learning_rate=4e-3, schedule="onecycle"),
         # No adversarial choice of checkpoints: the standard model is what clean accuracy prefers.
         loop=LoopConfig(eval_every=500, eval_attack_steps=0),
     )

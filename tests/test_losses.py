@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from jax.test_util import check_grads
 from scipy.special import log_softmax, logsumexp, softmax
 
 from gfa_jax import losses
@@ -119,7 +120,7 @@ class TestGradients:
 
     def test_dlr_gradient_flows_through_the_sort(self):
         logits, labels = random_logits(seed=1)
-        jax.test_util.check_grads(
+        check_grads(
             lambda z: losses.dlr(z, labels), (logits,), order=1, modes="rev", atol=0.02, rtol=0.02
         )
         # Of degree 0 in the logits: the gradient is orthogonal to them, by Euler's theorem.

@@ -148,7 +148,7 @@ class TestLinearModels:
             for factor, expected in ((0.998, False), (1.002, True)):
                 success, distance = self.attack(name, norm, options, radius * factor, *data)
                 assert success[example] == expected
-                assert distance[example] <= radius * factor * (1 + 1e-5)
+                assert distance[example] <= radius * factor * (1 + 1e-5) + 1e-6
 
     @pytest.mark.parametrize("norm", NORMS)
     def test_pgd_reaches_the_minimal_radius_from_random_starts(self, norm):
