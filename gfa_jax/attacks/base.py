@@ -31,6 +31,32 @@ def example_keys(key: Array, indices: Array) -> Array:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, indices)
 
 
+def check_inputs(threat: ThreatModel, inputs: Array, labels: Array) -> None:
+    """Refuses what an attack cannot work on, before it is traced.
+
+    Values are checked where they are known, outside of ``jax.jit``; shapes and dtypes always.
+
+    Raises:
+      ValueError: for inputs that are not floating point, outside the bounds or not finite, and for
+        labels that are not integers of shape ``[B]``, or negative.
+    """
+    if not jnp.issubdtype(inputs.dtype, jnp.floating):
+        raise ValueError(
+            f"inputs have dtype {inputs.dtype}; attacks need floating point (data.to_float)."
+        )
+    if labels.shape != inputs.shape[:1] or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(
+            f"labels have shape {labels.shape} and dtype {labels.dtype}; expected integers of "
+            f"shape {inputs.shape[:1]}."
+        )
+    if not isinstance(inputs, jax.core.Tracer) and inputs.size:
+        low, high = float(jnp.min(inputs)), float(jnp.max(inputs))
+        if not (threat.bounds[0] <= low and high <= threat.bounds[1]):
+            raise ValueError(f"inputs lie in [{low}, {high}], outside bounds={threat.bounds}.")
+    if not isinstance(labels, jax.core.Tracer) and labels.size and int(jnp.min(labels)) < 0:
+        raise ValueError(f"labels hold {int(jnp.min(labels))}; classes are counted from 0.")
+
+
 class Evaluation(NamedTuple):
     """The model at one point of each example.
 

@@ -100,6 +100,7 @@ def fgsm(
     def attack(
         logits_fn: LogitsFn, keys: Array | None, inputs: Array, labels: Array
     ) -> AttackResult:
+        base.check_inputs(threat, inputs, labels)
         start = threat.random_start(_keys_needed(keys, inputs), inputs) if random_start else inputs
         gradient = base.evaluate(logits_fn, loss_fn, start, labels).gradient
         if random_start:
@@ -216,6 +217,7 @@ def pgd(
     def attack_last(
         logits_fn: LogitsFn, keys: Array | None, inputs: Array, labels: Array
     ) -> AttackResult:
+        base.check_inputs(threat, inputs, labels)
         unused = jnp.zeros(inputs.shape[0])
         walk = run(logits_fn, keys, 0, inputs, labels, base.Best(inputs, unused, unused > 0))
         return _last_point_result(
@@ -232,6 +234,7 @@ def pgd(
     def attack_best(
         logits_fn: LogitsFn, keys: Array | None, inputs: Array, labels: Array
     ) -> AttackResult:
+        base.check_inputs(threat, inputs, labels)
         clean_loss, clean_wrong = base.evaluate_forward(logits_fn, loss_fn, inputs, labels)
         clean = base.Best(inputs, clean_loss, clean_wrong)
 

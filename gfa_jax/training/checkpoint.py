@@ -5,6 +5,7 @@ A checkpoint holds three items: ``model`` (parameters and model state, all that 
 kept. Saving is atomic: a killed save leaves the previous checkpoint the latest.
 """
 
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -36,10 +37,15 @@ class Checkpoints:
         # max_to_keep with best_fn deletes the latest checkpoint when it is not among the best:
         # training would resume in the past.
         keep: list[Any] = [checkpoint_managers.LatestN(1)]
+
+        def score(metrics: Mapping[str, float]) -> float:
+            # Checkpoints between two evaluations have no metric and come last.
+            return metrics.get(metric, -math.inf)
+
         if metric and keep_best:
             keep.append(
                 checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: metrics[metric],
+                    get_metric_fn=score,
                     n=keep_best,
                     reverse=False,
                     keep_checkpoints_without_metrics=False,
@@ -56,7 +62,7 @@ class Checkpoints:
             },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
-                best_fn=(lambda metrics: metrics[metric]) if metric else None,
+                best_fn=score if metric else None,
                 enable_async_checkpointing=False,
             ),
         )
@@ -93,7 +99,7 @@ class Checkpoints:
                 training=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
                 metadata=ocp.args.JsonSave(dict(metadata)),
             ),
-            metrics=dict(metrics) if metrics and self._metric in metrics else None,
+            metrics=dict(metrics or {}) if self._metric else None,
         )
         self._manager.wait_until_finished()
 
@@ -163,7 +169,8 @@ class Checkpoints:
         return restored["params"], restored["model_state"], step
 
     def _best_step(self) -> int | None:
-        return self._manager.best_step() if self._metric else None
+        best = self._manager.best_step() if self._metric else None
+        return best if best is not None and self._metric in self._manager.metrics(best) else None
 
     def close(self) -> None:
         """Waits for what is being written."""

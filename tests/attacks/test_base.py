@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gfa_jax import ThreatModel, losses
+from gfa_jax import ThreatModel, attacks, losses
 from gfa_jax.attacks import base
 
 
@@ -157,3 +157,30 @@ class TestFinish:
             return jnp.sum(result.adv_inputs) + jnp.sum(result.distance) + jnp.sum(result.loss)
 
         np.testing.assert_array_equal(jax.grad(total)(jnp.ones((2, 4))), np.zeros((2, 4)))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "labels", "message"),
+    [
+        (
+            jnp.zeros((2, 3), jnp.uint8),
+            jnp.zeros(2, jnp.int32),
+            "dtype uint8; attacks need floating",
+        ),
+        (
+            jnp.full((2, 3), 1.5),
+            jnp.zeros(2, jnp.int32),
+            r"inputs lie in \[1.5, 1.5\], outside bounds",
+        ),
+        (jnp.full((2, 3), jnp.nan), jnp.zeros(2, jnp.int32), "inputs lie in .nan"),
+        (jnp.zeros((2, 3)), jnp.zeros(3, jnp.int32), r"labels have shape \(3,\).*shape \(2,\)"),
+        (jnp.zeros((2, 3)), jnp.zeros(2), "dtype float32; expected integers"),
+        (jnp.zeros((2, 3)), jnp.array([0, -1]), "labels hold -1"),
+    ],
+)
+def test_inputs_and_labels_that_no_attack_can_use_are_refused(inputs, labels, message):
+    for attack in (attacks.fgsm(ThreatModel()), attacks.pgd(ThreatModel(), num_steps=1)):
+        with pytest.raises(ValueError, match=message):
+            attack(
+                lambda x: x, attacks.example_keys(jax.random.key(0), jnp.arange(2)), inputs, labels
+            )

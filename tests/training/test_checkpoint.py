@@ -69,6 +69,20 @@ def test_the_latest_is_kept_beside_the_best(tmp_path, mesh):
     checkpoints.close()
 
 
+def test_checkpoints_without_the_metric_are_never_the_best(tmp_path, mesh):
+    checkpoints = checkpoint.Checkpoints(tmp_path, metric="accuracy", keep_best=1)
+    template = template_of(make_state(mesh), mesh)
+    model = {"params": template.params, "model_state": template.model_state}
+    checkpoints.save(make_state(mesh, 1), {})
+    with pytest.raises(FileNotFoundError, match="checkpoint='best' does not exist"):
+        checkpoints.restore_model(model, "best")
+    for number, metrics in enumerate([{"accuracy": 0.1}, {}, {"train/loss": 3.0}], start=2):
+        checkpoints.save(make_state(mesh, number), {}, metrics)
+    assert checkpoints.restore_model(model, "best")[2] == 2
+    assert checkpoints.latest_step == 4
+    checkpoints.close()
+
+
 def test_no_checkpoint_is_none(tmp_path, mesh):
     checkpoints = checkpoint.Checkpoints(tmp_path)
     assert checkpoints.restore_latest(template_of(make_state(mesh), mesh)) is None

@@ -26,7 +26,9 @@ COMMAND = [
 
 def run(workdir, *, kill_after=None):
     """Trains; with ``kill_after``, sends SIGKILL once the metrics have reached that step."""
-    process = subprocess.Popen([*COMMAND, "--workdir", str(workdir)], cwd=ROOT, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*COMMAND, "--workdir", str(workdir)], cwd=ROOT, stderr=subprocess.PIPE
+    )
     deadline = time.monotonic() + 300
     while kill_after is not None and process.poll() is None and time.monotonic() < deadline:
         rows = metrics.read(workdir / "metrics.jsonl")
@@ -44,7 +46,9 @@ def test_training_killed_with_sigkill_resumes_bit_identically(tmp_path):
     for kill_after in (30, 120, 260):
         assert run(tmp_path / "killed", kill_after=kill_after) == -signal.SIGKILL
     assert run(tmp_path / "killed") == 0
-    whole, killed = (metrics.read(tmp_path / name / "metrics.jsonl") for name in ("whole", "killed"))
+    whole, killed = (
+        metrics.read(tmp_path / name / "metrics.jsonl") for name in ("whole", "killed")
+    )
     for row in (*whole, *killed):
         row.pop("examples_per_second", None)
     assert json.dumps(killed) == json.dumps(whole)

@@ -1,0 +1,31 @@
+"""Metrics files survive crashes and resuming."""
+
+import json
+
+from gfa_jax.training import metrics
+
+
+def test_resuming_drops_the_steps_that_will_be_repeated(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    writer = metrics.MetricsWriter(path, resume_step=0)
+    for step in range(1, 6):
+        writer.write(step, {"train/loss": 1.0 / step})
+    writer.close()
+    again = metrics.MetricsWriter(path, resume_step=3)
+    again.write(4, {"train/loss": 9.0})
+    again.close()
+    rows = metrics.read(path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[-1]["train/loss"] == 9.0
+
+
+def test_a_line_that_a_crash_cut_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "a": 2.5}\n{"step": 2, "a"')
+    assert metrics.read(path) == [{"step": 1, "a": 2.5}]
+    metrics.MetricsWriter(path, resume_step=1).close()
+    assert json.loads(path.read_text()) == {"step": 1, "a": 2.5}
+
+
+def test_a_missing_file_is_empty(tmp_path):
+    assert metrics.read(tmp_path / "none.jsonl") == []
