@@ -7,16 +7,22 @@ VENV ?= .venv-$(notdir $(PYTHON))
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
 
-.PHONY: demo test test-slow test-parity lint format install install-parity clean
+.PHONY: demo test test-slow test-parity lint format install install-dev install-parity clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gfa_jax needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
 install: $(VENV)/.installed
+
+install-dev: $(VENV)/.installed-dev
 
 demo: install
 	$(BIN)/python train.py --config configs/digits_standard.py --workdir $(DEMO)/standard
@@ -25,25 +31,25 @@ demo: install
 	$(BIN)/python eval.py --workdir $(DEMO)/gfa
 	$(BIN)/python -m gfa_jax.evaluation.compare $(DEMO)/standard/eval $(DEMO)/gfa/eval --out $(DEMO)/report.html
 
-test: install
+test: install-dev
 	$(BIN)/python -m pytest
 
-test-slow: install
+test-slow: install-dev
 	XLA_FLAGS= $(BIN)/python -m pytest -m slow
 
-install-parity: install
+install-parity: install-dev
 	$(BIN)/python -m pip install --quiet --editable '.[parity]'
 
 test-parity: install-parity
 	$(BIN)/python -m pytest -m parity
 
-lint: install
+lint: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: install
+format: install-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
