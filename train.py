@@ -19,7 +19,10 @@ def main() -> None:
     try:
         cli.run_or_fail(
             lambda: loop.train_and_evaluate(
-                flags.config, flags.workdir, stop_after=flags.stop_after
+                flags.config,
+                flags.workdir,
+                stop_after=flags.stop_after,
+                tensorboard=flags.tensorboard,
             )
         )
     except guards.TrainingFailedError as error:

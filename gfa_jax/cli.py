@@ -10,7 +10,7 @@ import dataclasses
 import fractions
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import tyro
 
@@ -83,6 +83,8 @@ class TrainFlags:
     """Stop, saved, once so many steps are done; schedules still span the whole training."""
     compile_cache: str | None = None
     """Folder in which compiled programs are kept between runs."""
+    tensorboard: bool = False
+    """Write TensorBoard events to WORKDIR/tensorboard too (needs the tensorboard extra)."""
 
 
 def parse_train(argv: Sequence[str] | None = None) -> TrainFlags:
@@ -107,20 +109,8 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainFlags:
         "Trains a classifier. --config FILE names the recipe (see configs/); its fields can be "
         "overridden here."
     )
-    # The workdir has no default: tyro asks for it.
-    flags: Any = dataclasses.make_dataclass(
-        "train",
-        [
-            ("workdir", str),
-            ("config", config_lib.TrainConfig, config),
-            ("stop_after", int | None, None),
-            ("compile_cache", str | None, None),
-        ],
-        frozen=True,
-        namespace={"__doc__": TrainFlags.__doc__},
-    )
-    parsed = parse(flags, rest, description=description)
-    return TrainFlags(parsed.workdir, parsed.config, parsed.stop_after, parsed.compile_cache)
+    default = TrainFlags(workdir=tyro.MISSING, config=config)
+    return parse(TrainFlags, rest, description=description, default=default)
 
 
 def fail(message: str) -> NoReturn:

@@ -103,6 +103,8 @@ class _Run:
 
     config: TrainConfig
     recipe: recipe.Recipe
+    workdir: pathlib.Path
+    tensorboard: bool
     mesh: jax.sharding.Mesh
     train_set: data.Dataset
     validation_set: data.Dataset | None
@@ -170,7 +172,11 @@ class _Run:
 
 
 def train_and_evaluate(
-    config: TrainConfig, workdir: str | pathlib.Path, *, stop_after: int | None = None
+    config: TrainConfig,
+    workdir: str | pathlib.Path,
+    *,
+    stop_after: int | None = None,
+    tensorboard: bool = False,
 ) -> dict[str, float]:
     """Trains a model; run again after any kind of stop, it goes on from the latest checkpoint.
 
@@ -183,6 +189,7 @@ def train_and_evaluate(
       workdir: folder of the run.
       stop_after: stop, saved, once this many steps are done (schedules still span the whole
         training).
+      tensorboard: whether to write TensorBoard events to ``workdir/tensorboard`` too.
 
     Returns:
       The last validation metrics (``eval/...``), or the last training metrics without a validation
@@ -202,7 +209,7 @@ def train_and_evaluate(
     built = recipe.build(
         config, num_classes=train_set.num_classes, image_shape=train_set.image_shape
     )
-    run = _Run(config, built, step.data_mesh(), train_set, validation_set)
+    run = _Run(config, built, workdir, tensorboard, step.data_mesh(), train_set, validation_set)
     last_step = min(stop_after or config.train_steps, config.train_steps)
     with jax.default_matmul_precision(config.precision):
         # Tracing finds the mistakes that need the model, such as a pattern without a match.
@@ -213,7 +220,7 @@ def train_and_evaluate(
         )
         try:
             with _stop_requests() as requests:
-                return _train(run, traced_step, workdir, checkpoints, requests, last_step)
+                return _train(run, traced_step, checkpoints, requests, last_step)
         finally:
             checkpoints.close()
 
@@ -236,7 +243,6 @@ def _load_data(config: TrainConfig) -> tuple[data.Dataset, data.Dataset | None]:
 def _train(
     run: _Run,
     traced_step: jax.stages.Lowered,
-    workdir: pathlib.Path,
     checkpoints: checkpoint.Checkpoints,
     requests: list[str],
     last_step: int,
@@ -251,10 +257,14 @@ def _train(
     )
     first_step = int(current.step)
     if first_step >= last_step:
-        print(f"{workdir}: step {first_step} of {config.train_steps} is done already.")
-        return _last_metrics(workdir / "metrics.jsonl")
+        print(f"{run.workdir}: step {first_step} of {config.train_steps} is done already.")
+        return _last_metrics(run.workdir / "metrics.jsonl")
     seconds_before = float(metadata["train_seconds"])
-    writer = MetricsWriter(workdir / "metrics.jsonl", resume_step=first_step)
+    writer = MetricsWriter(
+        run.workdir / "metrics.jsonl",
+        resume_step=first_step,
+        tensorboard=run.workdir / "tensorboard" if run.tensorboard else None,
+    )
     progress = Progress("train", config.train_steps, first_step)
     progress.say(
         f"{config.model.name}: {state.num_params(template.params):,} parameters, "

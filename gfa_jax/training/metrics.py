@@ -1,8 +1,9 @@
-"""Metrics as one JSON object per line."""
+"""Metrics as one JSON object per line, and as TensorBoard events where asked for."""
 
 import json
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 from gfa_jax import files
 
@@ -27,8 +28,22 @@ class MetricsWriter:
     writes them again.
     """
 
-    def __init__(self, path: pathlib.Path, *, resume_step: int) -> None:
-        """Opens the file for appending after the lines up to ``resume_step``."""
+    def __init__(
+        self, path: pathlib.Path, *, resume_step: int, tensorboard: pathlib.Path | None = None
+    ) -> None:
+        """Opens the file for appending after the lines up to ``resume_step``.
+
+        Args:
+          path: of the JSON lines.
+          resume_step: the last step that stays.
+          tensorboard: folder of TensorBoard events; ``None`` for none.
+
+        Raises:
+          ImportError: with a TensorBoard folder and without tensorboardX.
+        """
+        self._events: Any = None
+        if tensorboard is not None:
+            self._events = _summary_writer(tensorboard, purge_step=resume_step + 1)
         kept = [row for row in read(path) if row["step"] <= resume_step]
         files.write_bytes(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._file = path.open("a", buffering=1)
@@ -36,7 +51,20 @@ class MetricsWriter:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one line with the step and the metrics."""
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self._events is not None:
+            for name, value in metrics.items():
+                self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def _summary_writer(directory: pathlib.Path, *, purge_step: int) -> Any:
+    try:
+        import tensorboardX
+    except ImportError as error:
+        raise ImportError("TensorBoard events need: pip install 'gfa_jax[tensorboard]'.") from error
+    return tensorboardX.SummaryWriter(str(directory), purge_step=purge_step)

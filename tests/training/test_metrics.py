@@ -1,6 +1,9 @@
 """Metrics files survive crashes and resuming."""
 
 import json
+import sys
+
+import pytest
 
 from gfa_jax.training import metrics
 
@@ -25,6 +28,22 @@ def test_a_line_that_a_crash_cut_is_dropped(tmp_path):
     assert metrics.read(path) == [{"step": 1, "a": 2.5}]
     metrics.MetricsWriter(path, resume_step=1).close()
     assert json.loads(path.read_text()) == {"step": 1, "a": 2.5}
+
+
+def test_tensorboard_events(tmp_path):
+    pytest.importorskip("tensorboardX", reason="the tensorboard extra is not installed")
+    folder = tmp_path / "tensorboard"
+    writer = metrics.MetricsWriter(tmp_path / "metrics.jsonl", resume_step=0, tensorboard=folder)
+    writer.write(1, {"train/loss": 0.5})
+    writer.close()
+    (events,) = folder.iterdir()
+    assert b"train/loss" in events.read_bytes()
+
+
+def test_tensorboard_without_its_package_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ImportError, match=r"gfa_jax\[tensorboard\]"):
+        metrics.MetricsWriter(tmp_path / "m.jsonl", resume_step=0, tensorboard=tmp_path / "t")
 
 
 def test_a_missing_file_is_empty(tmp_path):
