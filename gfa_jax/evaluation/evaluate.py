@@ -23,6 +23,7 @@ from gfa_jax.training.progress import Progress
 from gfa_jax.types import Array, AttackFn, AttackResult, Batch
 
 CURVE_ATTACK = "pgd-margin"
+CURVE_STEPS = 20
 CURVE_FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 LENGTHS = tuple(np.linspace(-0.5, 0.5, 21).round(3).tolist())
 _CURVE_EXAMPLES = 500
@@ -210,7 +211,7 @@ class _Evaluation:
                 for spec, outcome in outcomes.items()
             },
             "curve": {
-                "attack": CURVE_ATTACK,
+                "attack": f"{CURVE_ATTACK}:num_steps={CURVE_STEPS}",
                 "num_examples": min(len(worst), _CURVE_EXAMPLES),
                 "points": curve,
             },
@@ -304,7 +305,8 @@ class _Evaluation:
         def resist(
             params: Any, model_state: Any, batch: Batch, key: Array, epsilon: Array
         ) -> Array:
-            attack = attacks.create(CURVE_ATTACK, dataclasses.replace(self.threat, epsilon=epsilon))
+            threat = dataclasses.replace(self.threat, epsilon=epsilon)
+            attack = attacks.create(CURVE_ATTACK, threat, num_steps=CURVE_STEPS)
             keys = attacks.example_keys(key, batch["ids"])
             logits_fn = lambda inputs: self.run_.apply(params, model_state, {}, inputs)[0]  # noqa: E731
             return ~attack(logits_fn, keys, data.to_float(batch["inputs"]), batch["labels"]).success
