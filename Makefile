@@ -7,7 +7,7 @@ VENV ?= .venv-$(notdir $(PYTHON))
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
 
-.PHONY: demo test test-slow test-parity lint format install install-dev install-parity clean
+.PHONY: demo digits test test-slow test-parity lint format install install-dev install-parity clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gfa_jax needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
@@ -30,6 +30,14 @@ demo: install
 	$(BIN)/python eval.py --workdir $(DEMO)/standard
 	$(BIN)/python eval.py --workdir $(DEMO)/gfa
 	$(BIN)/python -m gfa_jax.evaluation.compare $(DEMO)/standard/eval $(DEMO)/gfa/eval --out $(DEMO)/report.html
+
+# All digits recipes side by side: some ten minutes on 2 CPU cores.
+DIGITS := standard gfa fgsm_at pgd_at gfa_at
+digits: install
+	for recipe in $(DIGITS); do \
+	  $(BIN)/python train.py --config configs/digits_$$recipe.py --workdir runs/digits/$$recipe && \
+	  $(BIN)/python eval.py --workdir runs/digits/$$recipe || exit 1; done
+	$(BIN)/python -m gfa_jax.evaluation.compare $(DIGITS:%=runs/digits/%/eval) --out runs/digits/report.html
 
 test: install-dev
 	$(BIN)/python -m pytest

@@ -8,6 +8,7 @@ program with a suggestion, before anything runs.
 import argparse
 import dataclasses
 import fractions
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
@@ -20,8 +21,12 @@ Flags = TypeVar("Flags")
 Value = TypeVar("Value")
 
 
-def _parse_number(text: str) -> float:
-    return float(fractions.Fraction(text)) if "/" in text else float(text)
+def parse_number(text: str) -> float:
+    """Returns the number in ``0.1`` or ``8/255``; ValueError for anything else."""
+    try:
+        return float(fractions.Fraction(text)) if "/" in text else float(text)
+    except ZeroDivisionError as error:
+        raise ValueError(f"{text} divides by zero") from error
 
 
 _REGISTRY = tyro.constructors.ConstructorRegistry()
@@ -37,7 +42,7 @@ def _number_rule(
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="NUMBER",
-        instance_from_str=lambda texts: _parse_number(texts[0]),
+        instance_from_str=lambda texts: parse_number(texts[0]),
         is_instance=lambda value: isinstance(value, int | float) and not isinstance(value, bool),
         str_from_instance=lambda value: [repr(float(value))],
     )
@@ -123,5 +128,7 @@ def run_or_fail(function: Callable[[], Value]) -> Value:
     """Calls a function; errors that a user can mend end the program with their message alone."""
     try:
         return function()
-    except (ValueError, FileNotFoundError, PermissionError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("GFA_JAX_DEBUG"):
+            raise
         fail(str(error))

@@ -1,8 +1,8 @@
 """The schema of training recipes: primitives only, checked before anything is compiled or written.
 
 A file in ``configs/`` returns a ``TrainConfig`` from ``get_config()``; the command line overrides
-single fields (``--config.optimizer.learning_rate=0.1``). Only the training loop, the evaluation,
-the benchmark and the two scripts see these classes; everything below takes plain keyword arguments.
+single fields (``--config.optimizer.learning_rate=0.1``). Only training, evaluation and
+the command lines see these classes; everything below takes plain keyword arguments.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from gfa_jax import _validate, alignment, norms, objectives
+from gfa_jax import _validate, alignment, files, norms, objectives
 from gfa_jax.models import MODELS
 from gfa_jax.models.cnn import INITIALIZERS
 
@@ -276,6 +276,18 @@ def from_dict(values: Mapping[str, Any]) -> TrainConfig:
     return _from_dict(TrainConfig, values, "config")
 
 
+def read_saved(path: pathlib.Path) -> TrainConfig:
+    """Returns the config in a run's ``config.json``.
+
+    Raises:
+      ValueError: for a damaged file or one of another version, naming it.
+    """
+    values = files.read_json(path).get("config")
+    if not isinstance(values, dict):
+        raise ValueError(f"{str(path)!r} is damaged: it holds no config.")
+    return from_dict(values)
+
+
 def _from_dict(cls: Any, values: Mapping[str, Any], path: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     arguments = {}
@@ -287,19 +299,27 @@ def _from_dict(cls: Any, values: Mapping[str, Any], path: str) -> Any:
             )
         kind = fields[name].type
         if dataclasses.is_dataclass(kind):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{path}.{name}={value!r} must hold fields.")
             value = _from_dict(kind, value, f"{path}.{name}")
         arguments[name] = tuple(value) if isinstance(value, list) else value
     return cls(**arguments)
 
 
+FREE_FIELDS = frozenset(
+    {"config.data.data_dir", "config.loop.log_every", "config.loop.checkpoint_every"}
+)
+"""Fields that may change when a run is resumed: no result depends on them."""
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "config") -> list[str]:
-    """Returns one line for each field that differs between two ``to_dict`` results."""
+    """Returns a line for each field that differs between two dicts, the free ones aside."""
     lines = []
     for name in sorted({*old, *new}):
         before, after = old.get(name), new.get(name)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             lines += differences(before, after, f"{path}.{name}")
-        elif before != after:
+        elif before != after and f"{path}.{name}" not in FREE_FIELDS:
             lines.append(f"{path}.{name}: {before!r} there, {after!r} now")
     return lines
 

@@ -26,6 +26,21 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
         raise
 
 
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+      ValueError: for a damaged file, naming it.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is damaged: {error}.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{str(path)!r} is damaged: it holds no JSON object.")
+    return value
+
+
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes indented JSON atomically.
 

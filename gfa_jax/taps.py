@@ -255,7 +255,7 @@ class _TappedCall:
         kwargs: Any,
         context: nn.module.InterceptorContext,
     ) -> Any:
-        if context.method_name != "__call__":
+        if context.method_name != "__call__" or not context.module.path:
             return next_fun(*args, **kwargs)
         path = "/".join(context.module.path)
         self._seen[path] = None
@@ -266,6 +266,8 @@ class _TappedCall:
                 self._matched.add(text)
         if "input" in sites and args:
             args = (self._tap(context.module, path, "input", args[0]), *args[1:])
+        elif "input" in sites and not kwargs:
+            raise ValueError(f"layer {path!r} is called without arguments: it has no input to tap.")
         elif "input" in sites:
             first = next(iter(kwargs))
             kwargs = {**kwargs, first: self._tap(context.module, path, "input", kwargs[first])}
@@ -289,7 +291,12 @@ class _TappedCall:
                     "its gradient would be the sum over the batch.)"
                 )
         value = module.perturb(variable, value, collection=_TAPS)
-        module.sow(_FEATURES, variable, value)
+        if not module.sow(_FEATURES, variable, value):
+            raise ValueError(
+                f"layer {name!r} cannot be tapped: it lies inside a lifted transform (nn.scan, "
+                f"nn.vmap) that hides the collections {_FEATURES!r} and {_TAPS!r}. Add them to "
+                "its variable_axes, or tap a layer outside."
+            )
         return value
 
     def check_matched(self, module: nn.Module) -> None:

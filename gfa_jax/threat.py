@@ -84,8 +84,8 @@ class ThreatModel:
         """Returns a random allowed point for each example.
 
         l_inf: uniform in the ball, then clipped. l_2: a uniform direction with a radius uniform in
-          [0, epsilon], then clipped
-        (torchattacks' PGDL2). l_1: a Laplace direction with the same radius, projected.
+        [0, epsilon], then clipped (torchattacks' PGDL2). l_1: a Laplace direction with the same
+        radius, projected.
 
         Args:
           keys: typed PRNG keys ``[B]``; each example uses only its own.
@@ -100,8 +100,8 @@ class ThreatModel:
         """Returns the steepest ascent direction of unit threat norm.
 
         l_inf: the sign. l_2: the normalised gradient. l_1: the sign of the largest coordinates
-          divided by their number, skipping
-        coordinates that would leave the box at once (SLIDE, Tramer & Boneh 2019, arXiv 1904.13000).
+        divided by their number, skipping coordinates that would leave the box at once (SLIDE,
+        Tramer & Boneh 2019, arXiv 1904.13000).
 
         Args:
           inputs: the current points ``[B, ...]``; only l_1 looks at them.

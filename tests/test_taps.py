@@ -271,6 +271,41 @@ def test_an_invalid_pattern_is_named():
         taps.tap_linen(Plain(), {}, layers="block(")
 
 
+def test_a_layer_in_a_lifted_transform_that_hides_the_taps_is_refused(key):
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.relu(nn.Dense(4, name="dense")(x)), None
+
+    class Scanned(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(4, name="before")(x)
+            scan = nn.scan(
+                Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+            )
+            return scan(name="layers")(x, None)[0]
+
+    inputs = jax.random.normal(key, (2, 4))
+    variables = {"params": Scanned().init(key, inputs)["params"]}
+    apply_fn = taps.tap_linen(Scanned(), variables, layers=["before", "layers/dense"])
+    with pytest.raises(
+        ValueError, match="'layers/dense' cannot be tapped: it lies inside a lifted"
+    ):
+        apply_fn({}, inputs)
+
+
+def test_the_input_of_a_layer_called_by_keyword(key):
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, name="head")(inputs=x)
+
+    inputs = jax.random.normal(key, (2, 4))
+    apply_fn = taps.tap_linen(Outer(), Outer().init(key, inputs), layers="head@input")
+    chex.assert_trees_all_equal(apply_fn({}, inputs)[1]["head@input"], inputs)
+
+
 def test_a_scanned_layer_is_tapped_where_the_module_lifts_the_collections(key):
     class Layer(nn.Module):
         @nn.compact

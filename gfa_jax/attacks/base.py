@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gfa_jax import norms
 from gfa_jax.threat import ThreatModel
@@ -49,12 +50,17 @@ def check_inputs(threat: ThreatModel, inputs: Array, labels: Array) -> None:
             f"labels have shape {labels.shape} and dtype {labels.dtype}; expected integers of "
             f"shape {inputs.shape[:1]}."
         )
+    # In NumPy: inside jit, even operations of jax.numpy on known values are traced.
     if not isinstance(inputs, jax.core.Tracer) and inputs.size:
-        low, high = float(jnp.min(inputs)), float(jnp.max(inputs))
-        if not (threat.bounds[0] <= low and high <= threat.bounds[1]):
+        values = np.asarray(inputs)
+        low, high = values.min(), values.max()
+        lower, upper = np.asarray(threat.bounds, values.dtype)
+        if not (lower <= low and high <= upper):
             raise ValueError(f"inputs lie in [{low}, {high}], outside bounds={threat.bounds}.")
-    if not isinstance(labels, jax.core.Tracer) and labels.size and int(jnp.min(labels)) < 0:
-        raise ValueError(f"labels hold {int(jnp.min(labels))}; classes are counted from 0.")
+    if not isinstance(labels, jax.core.Tracer) and labels.size:
+        lowest = np.asarray(labels).min()
+        if lowest < 0:
+            raise ValueError(f"labels hold {lowest}; classes are counted from 0.")
 
 
 class Evaluation(NamedTuple):
@@ -97,8 +103,20 @@ def evaluate_forward(
 
 
 def is_misclassified(logits: Array, labels: Array) -> Array:
-    """Returns ``argmax logits != labels``, bool ``[B]``; ties go to the first class."""
-    return jnp.argmax(logits, axis=1) != labels
+    """Returns ``argmax logits != labels``, bool ``[B]``; ties go to the first class.
+
+    Logits that hold a NaN are never right.
+
+    Raises:
+      ValueError: for known labels beyond the number of classes.
+    """
+    if not isinstance(labels, jax.core.Tracer) and labels.size:
+        highest = np.asarray(labels).max()
+        if highest >= logits.shape[1]:
+            raise ValueError(
+                f"labels hold {highest}, but the logits have {logits.shape[1]} classes."
+            )
+    return (jnp.argmax(logits, axis=1) != labels) | jnp.any(jnp.isnan(logits), axis=1)
 
 
 def is_zero(gradient: Array) -> Array:

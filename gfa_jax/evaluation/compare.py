@@ -8,7 +8,7 @@ Prints the accuracy table and writes one report for all.
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -26,28 +26,31 @@ class CompareFlags:
     """The page to write."""
 
 
-def compare(evaluations: Sequence[str], out: str) -> list[report.Results]:
+def compare(evaluations: Sequence[str], out: str) -> list[dict[str, Any]]:
     """Writes the report of several evaluations and returns their results.
 
     Raises:
-      ValueError: for no evaluation, or evaluations at different threats, data or numbers of images:
-        their rows would not compare.
+      ValueError: for no evaluation, or evaluations of other threats, data, numbers of images or
+        attacks: their rows would not compare.
       FileNotFoundError: for a folder without results.
     """
     if not evaluations:
         raise ValueError("evaluations is empty: give the output folders of eval.py.")
     loaded = [report.load_evaluation(pathlib.Path(directory)) for directory in evaluations]
-    for field in ("threat", "data", "num_examples"):
-        values = {
-            directory: results[field]
-            for directory, (results, _) in zip(evaluations, loaded, strict=True)
-        }
-        if any(value != loaded[0][0][field] for value in values.values()):
+    runs = [{**results, "attacks": sorted(results["counts"])} for results, _ in loaded]
+    for field in ("threat", "data", "num_examples", "attacks"):
+        values = {directory: run[field] for directory, run in zip(evaluations, runs, strict=True)}
+        if any(value != runs[0][field] for value in values.values()):
             raise ValueError(
                 f"evaluations differ in {field}, so their accuracies do not compare: {values}."
             )
-    report.write_report(loaded, pathlib.Path(out))
-    return [results for results, _ in loaded]
+    names = [run["name"] for run in runs]
+    for directory, run in zip(evaluations, runs, strict=True):
+        if names.count(run["name"]) > 1:
+            run["name"] = directory
+    examples = [shown for _, shown in loaded]
+    report.write_report(list(zip(runs, examples, strict=True)), pathlib.Path(out))
+    return runs
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 import pathlib
-import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gfa_jax import _validate, attacks, data, files, norms
+import gfa_jax
+from gfa_jax import _validate, attacks, cli, data, files, norms
 from gfa_jax import config as config_lib
+from gfa_jax.attacks.base import is_misclassified
 from gfa_jax.evaluation import diagnostics, geometry, loading, records, report
 from gfa_jax.threat import ThreatModel
 from gfa_jax.training import loop, step
@@ -50,6 +51,8 @@ class EvalFlags:
     """latest, best (on the validation split) or a step."""
     seed: int = 0
     """Of the attacks' random starts."""
+    data_dir: str | None = None
+    """Where the data lies, if not where the run was trained on it."""
     out: str | None = None
     """Folder of the results; WORKDIR/eval by default."""
 
@@ -70,20 +73,23 @@ def parse_attack(spec: str) -> tuple[str, dict[str, Any]]:
                 f"attacks={spec!r}: {part!r} is not option=value, such as num_steps=100."
             )
         _validate.known_options(f"attack {name!r}", {option: text}, known)
-        options[option] = _parse_value(text)
+        options[option] = _parse_value(spec, option, known[option].default, text)
     return name, options
 
 
-def _parse_value(text: str) -> Any:
-    if re.fullmatch(r"[+-]?\d+", text):
-        return int(text)
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    try:
-        numerator, _, denominator = text.partition("/")
-        return float(numerator) / float(denominator or 1)
-    except (ValueError, ZeroDivisionError):
+def _parse_value(spec: str, option: str, default: object, text: str) -> Any:
+    """Parses an option's text as the kind of its default; ``None`` stands for a number."""
+    if isinstance(default, str):
         return text
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "false": False}[text.lower()]
+        if isinstance(default, int):
+            return int(text)
+        return cli.parse_number(text)
+    except (KeyError, ValueError) as error:
+        kind = {bool: "true or false", int: "an integer"}.get(type(default), "a number")
+        raise ValueError(f"attacks={spec!r}: {option}={text} must be {kind}.") from error
 
 
 def evaluate(flags: EvalFlags) -> dict[str, Any]:
@@ -113,7 +119,17 @@ def evaluate(flags: EvalFlags) -> dict[str, Any]:
         )
     parsed = {spec: parse_attack(spec) for spec in specs}
     workdir = pathlib.Path(flags.workdir)
-    run = loading.load_run(workdir, which=flags.checkpoint, num_examples=flags.num_examples)
+    run = loading.load_run(
+        workdir,
+        which=flags.checkpoint,
+        num_examples=flags.num_examples,
+        data_dir=flags.data_dir,
+    )
+    if flags.norm not in (None, run.config.threat.norm) and flags.epsilon is None:
+        raise ValueError(
+            f"norm={flags.norm!r} needs an epsilon of its own: {run.config.threat.epsilon} is the "
+            f"run's radius in {run.config.threat.norm}."
+        )
     threat = ThreatModel(
         norm=flags.norm or run.config.threat.norm,
         epsilon=run.config.threat.epsilon if flags.epsilon is None else flags.epsilon,
@@ -135,6 +151,7 @@ def evaluate(flags: EvalFlags) -> dict[str, Any]:
         "batch_size": batch_size,
         "num_examples": len(run.test_set),
         "data_hash": loading.hash_tree((run.test_set.images, run.test_set.labels)),
+        "gfa_jax": gfa_jax.__version__,
         "jax": f"{jax.__version__} ({jax.default_backend()})",
     }
     kept = records.Records(out / "records", header)
@@ -144,7 +161,8 @@ def evaluate(flags: EvalFlags) -> dict[str, Any]:
         evaluation = _Evaluation(run, threat, kept, batch_size, flags.seed)
         results = evaluation.run(built)
     results["versions"] = loop.versions()
-    results["name"] = workdir.name
+    results["name"] = workdir.resolve().name
+    results["data"]["hash"] = header["data_hash"]
     results["config"] = config_lib.to_dict(run.config)
     examples = results.pop("examples")
     files.write_json(out / "results.json", results)
@@ -190,9 +208,9 @@ class _Evaluation:
             "robust_accuracy": {**robust_accuracy, "worst_case": float(worst.mean())},
             "minimum_norm": {},
             "diagnostics": diagnostics.diagnose(
-                robust_accuracy,
-                num_examples=len(worst),
+                robust,
                 curve=[(point["epsilon"], point["accuracy"]) for point in curve],
+                curve_examples=min(len(worst), _CURVE_EXAMPLES),
                 box=self.box,
                 zero_gradient_share=zero / max(total, 1),
             ),
@@ -285,7 +303,7 @@ class _Evaluation:
         @jax.jit
         def correct(params: Any, model_state: Any, batch: Batch) -> Array:
             logits, _ = self.run_.apply(params, model_state, {}, data.to_float(batch["inputs"]))
-            return jnp.argmax(logits, axis=1) == batch["labels"]
+            return ~is_misclassified(logits, batch["labels"])
 
         parts = [
             np.asarray(correct(self.run_.params, self.run_.model_state, self._put(batch)))[
@@ -391,6 +409,7 @@ class _Evaluation:
             )
         }
         results = {
+            "geometry": {"num_examples": int(mask.sum()), "attack": strongest},
             "layers": layers,
             "directions": {
                 "layer": run.recipe.layers[0],

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import pathlib
 
 import jax
@@ -49,7 +48,11 @@ class LoadedRun:
 
 
 def load_run(
-    workdir: pathlib.Path, *, which: str = "latest", num_examples: int | None = None
+    workdir: pathlib.Path,
+    *,
+    which: str = "latest",
+    num_examples: int | None = None,
+    data_dir: str | None = None,
 ) -> LoadedRun:
     """Reads the config, the checkpoint and the test split of a run.
 
@@ -57,6 +60,7 @@ def load_run(
       workdir: of ``train.py``.
       which: ``latest``, ``best`` or a step.
       num_examples: the first so many test examples; all by default.
+      data_dir: replaces ``config.data.data_dir``.
 
     Raises:
       FileNotFoundError: for a folder that is no run, a missing checkpoint or data set.
@@ -68,7 +72,7 @@ def load_run(
             f"workdir {str(workdir)!r} holds no run: {path.name} is missing. Train one with "
             "train.py --workdir."
         )
-    config = config_lib.from_dict(json.loads(path.read_text())["config"])
+    config = config_lib.read_saved(path)
     if not (workdir / "checkpoints").is_dir():
         raise FileNotFoundError(
             f"workdir {str(workdir)!r} holds no checkpoint yet. Run train.py with it until one is "
@@ -77,7 +81,7 @@ def load_run(
     test_set = data.load(
         config.data.name,
         "test",
-        data_dir=config.data.data_dir,
+        data_dir=data_dir or config.data.data_dir,
         num_validation=config.data.num_validation,
         max_examples=num_examples,
     )

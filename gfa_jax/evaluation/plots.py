@@ -149,7 +149,7 @@ def image_grid(results: Results, examples: Mapping[str, np.ndarray]) -> str:
             axes = grid[row, column]
             image = images[column]
             axes.imshow(
-                image[..., 0] if image.shape[-1] == 1 else image,
+                image if image.shape[-1] == 3 else image[..., 0],
                 cmap="gray",
                 vmin=0,
                 vmax=1,

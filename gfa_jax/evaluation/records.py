@@ -45,7 +45,7 @@ class Records:
         if not path.exists():
             files.write_json(path, header)
             return
-        before = json.loads(path.read_text())
+        before = files.read_json(path)
         changed = [
             f"{key}: {before.get(key)!r} there, {header.get(key)!r} now"
             for key in {**before, **header}

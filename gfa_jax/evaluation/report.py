@@ -1,7 +1,6 @@
 """Results as a table on the terminal and as one self-contained HTML page."""
 
 import io
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -62,7 +61,11 @@ def accuracy_rows(runs: Sequence[Results]) -> list[list[str]]:
 
 def accuracy_columns(runs: Sequence[Results]) -> list[str]:
     """Returns the headings of ``accuracy_rows``."""
-    return ["run", "clean", *(name.replace("_", " ") for name in attack_names(runs))]
+    return [
+        "run",
+        "clean",
+        *("worst case" if name == "worst_case" else name for name in attack_names(runs)),
+    ]
 
 
 def print_table(runs: Sequence[Results]) -> None:
@@ -105,7 +108,7 @@ def load_evaluation(directory: pathlib.Path) -> tuple[Results, Examples]:
         )
     with np.load(directory / "examples.npz", allow_pickle=False) as stored:
         examples = {name: stored[name] for name in stored.files}
-    return json.loads(path.read_text()), examples
+    return files.read_json(path), examples
 
 
 def write_report(evaluations: Sequence[tuple[Results, Examples]], path: pathlib.Path) -> None:

@@ -100,16 +100,6 @@ def _explicit_padding(padding: Any, spatial: Sequence[int], kernel: Sequence[int
     return (int(top), int(bottom)), (int(left), int(right))
 
 
-def _transposed_pads(pads: Pads, kernel: Sequence[int]) -> Pads:
-    (top, bottom), (left, right) = pads
-    height, width = kernel[0] - 1, kernel[1] - 1
-    return (height - top, height - bottom), (width - left, width - right)
-
-
-def _flip(kernel: Array) -> Array:
-    return kernel[::-1, ::-1].swapaxes(2, 3)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _convolve(pads: Pads, precision: Any, inputs: Array, kernel: Array) -> Array:
     return lax.conv_general_dilated(
@@ -149,6 +139,15 @@ def _correlate(pads: Pads, precision: Any, inputs: Array, cotangent: Array) -> A
     )
 
 
+def _transpose(pads: Pads, precision: Any, cotangent: Array, kernel: Array) -> Array:
+    """The input gradient: a convolution with the flipped kernel and the complementary padding."""
+    (top, bottom), (left, right) = pads
+    height, width = kernel.shape[0] - 1, kernel.shape[1] - 1
+    flipped = kernel[::-1, ::-1].swapaxes(2, 3)
+    complement = (height - top, height - bottom), (width - left, width - right)
+    return _convolve(complement, precision, cotangent, flipped)
+
+
 # Convolution and correlation are bilinear and each other's derivatives, so these two rules give
 # every order of reverse mode.
 
@@ -163,10 +162,9 @@ def _convolve_bwd(
     pads: Pads, precision: Any, residuals: tuple[Array, Array], cotangent: Array
 ) -> tuple[Array, Array]:
     inputs, kernel = residuals
-    inputs_grad = _convolve(
-        _transposed_pads(pads, kernel.shape), precision, cotangent, _flip(kernel)
+    return _transpose(pads, precision, cotangent, kernel), _correlate(
+        pads, precision, inputs, cotangent
     )
-    return inputs_grad, _correlate(pads, precision, inputs, cotangent)
 
 
 def _correlate_fwd(
@@ -179,10 +177,10 @@ def _correlate_bwd(
     pads: Pads, precision: Any, residuals: tuple[Array, Array], kernel: Array
 ) -> tuple[Array, Array]:
     inputs, cotangent = residuals
-    inputs_grad = _convolve(
-        _transposed_pads(pads, kernel.shape), precision, cotangent, _flip(kernel)
+    return (
+        _transpose(pads, precision, cotangent, kernel),
+        _convolve(pads, precision, inputs, kernel),
     )
-    return inputs_grad, _convolve(pads, precision, inputs, kernel)
 
 
 _convolve.defvjp(_convolve_fwd, _convolve_bwd)

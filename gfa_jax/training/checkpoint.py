@@ -5,9 +5,10 @@ A checkpoint holds three items: ``model`` (parameters and model state, all that 
 kept. Saving is atomic: a killed save leaves the previous checkpoint the latest.
 """
 
+import contextlib
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +21,20 @@ from gfa_jax.types import ModelState, Params, PyTree
 
 class IncompatibleCheckpointError(ValueError):
     """A checkpoint's leaves are not those of the model; the message names the first that differ."""
+
+
+@contextlib.contextmanager
+def _readable(directory: object, step: int) -> Iterator[None]:
+    """Names the checkpoint in errors of reading it."""
+    try:
+        yield
+    except IncompatibleCheckpointError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"checkpoint {directory}/{step} cannot be read ({type(error).__name__}: {error}). "
+            "Delete its folder to go on from an older one."
+        ) from error
 
 
 class Checkpoints:
@@ -118,16 +133,17 @@ class Checkpoints:
             return None
         model = {"params": template.params, "model_state": template.model_state}
         training = {"step": template.step, "opt_state": template.opt_state}
-        _check_leaves(self._manager, step, "model", model)
-        _check_leaves(self._manager, step, "training", training)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardRestore(model),
-                training=ocp.args.StandardRestore(training),
-                metadata=ocp.args.JsonRestore(),
-            ),
-        )
+        with _readable(self._manager.directory, step):
+            _check_leaves(self._manager, step, "model", model)
+            _check_leaves(self._manager, step, "training", training)
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    model=ocp.args.StandardRestore(model),
+                    training=ocp.args.StandardRestore(training),
+                    metadata=ocp.args.JsonRestore(),
+                ),
+            )
         state = TrainState(
             step=restored["training"]["step"],
             params=restored["model"]["params"],
@@ -162,10 +178,11 @@ class Checkpoints:
                 f"checkpoint={which!r} does not exist in {self._manager.directory}; "
                 f"steps there: {steps or 'none'}."
             )
-        _check_leaves(self._manager, step, "model", template)
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(model=ocp.args.StandardRestore(template))
-        )["model"]
+        with _readable(self._manager.directory, step):
+            _check_leaves(self._manager, step, "model", template)
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(model=ocp.args.StandardRestore(template))
+            )["model"]
         return restored["params"], restored["model_state"], step
 
     def _best_step(self) -> int | None:

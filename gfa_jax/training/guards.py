@@ -18,7 +18,7 @@ def check_finite(step: int, metrics: Mapping[str, float]) -> None:
     broken = sorted(name for name, value in metrics.items() if not math.isfinite(value))
     if broken:
         raise TrainingFailedError(
-            f"step {step}: {', '.join(broken)} not finite. The last checkpoint is intact. Lower "
+            f"step {step}: {', '.join(broken)} not finite. What was saved before is intact. Lower "
             "optimizer.learning_rate or gfa.weight, or clip gradients (optimizer.clip_norm)."
         )
 

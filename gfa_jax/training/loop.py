@@ -5,14 +5,14 @@ Training can be stopped and resumed at any moment.
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import importlib.metadata
-import json
 import pathlib
 import platform
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -29,6 +29,9 @@ from gfa_jax.types import Array
 
 _EVAL_KEY = 1
 
+Evaluator = Callable[[state.TrainState], dict[str, float]]
+"""``state -> validation metrics``."""
+
 
 class WorkdirMismatchError(ValueError):
     """The folder belongs to a run of another config."""
@@ -36,7 +39,7 @@ class WorkdirMismatchError(ValueError):
 
 def versions() -> dict[str, str]:
     """Returns the versions and devices that a result depends on."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    packages = ("gfa_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in packages},
@@ -55,7 +58,7 @@ def claim_workdir(workdir: pathlib.Path, config: TrainConfig) -> None:
     path = workdir / "config.json"
     values = config_lib.to_dict(config)
     if path.exists():
-        before = json.loads(path.read_text())["config"]
+        before = config_lib.to_dict(config_lib.read_saved(path))
         if changed := config_lib.differences(before, values):
             raise WorkdirMismatchError(
                 f"workdir {str(workdir)!r} holds a run of another config:\n  "
@@ -64,6 +67,17 @@ def claim_workdir(workdir: pathlib.Path, config: TrainConfig) -> None:
             )
         return
     files.write_json(path, {"config": values, "versions": versions()})
+
+
+@contextlib.contextmanager
+def _only_trainer(workdir: pathlib.Path) -> Iterator[None]:
+    """Keeps a second process from training in the same folder; the lock dies with its process."""
+    with (workdir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process trains in workdir {str(workdir)!r}.") from error
+        yield
 
 
 @contextlib.contextmanager
@@ -203,6 +217,8 @@ def train_and_evaluate(
     """
     workdir = pathlib.Path(workdir)
     config_lib.validate(config, num_devices=jax.device_count())
+    if jax.process_count() > 1:
+        raise ValueError(f"training runs in one process so far, not in {jax.process_count()}.")
     if stop_after is not None:
         _validate.positive_integer(stop_after=stop_after)
     train_set, validation_set = _load_data(config)
@@ -214,13 +230,14 @@ def train_and_evaluate(
     with jax.default_matmul_precision(config.precision):
         # Tracing finds the mistakes that need the model, such as a pattern without a match.
         traced_step = run.trace_step()
+        evaluator = _make_evaluator(run)
         claim_workdir(workdir, config)
         checkpoints = checkpoint.Checkpoints(
             workdir / "checkpoints", metric=run.best_metric, keep_best=config.loop.keep_best
         )
         try:
-            with _stop_requests() as requests:
-                return _train(run, traced_step, checkpoints, requests, last_step)
+            with _only_trainer(workdir), _stop_requests() as requests:
+                return _train(run, traced_step, evaluator, checkpoints, requests, last_step)
         finally:
             checkpoints.close()
 
@@ -243,6 +260,7 @@ def _load_data(config: TrainConfig) -> tuple[data.Dataset, data.Dataset | None]:
 def _train(
     run: _Run,
     traced_step: jax.stages.Lowered,
+    evaluator: Evaluator | None,
     checkpoints: checkpoint.Checkpoints,
     requests: list[str],
     last_step: int,
@@ -273,7 +291,7 @@ def _train(
     )
 
     def evaluate(current: state.TrainState) -> dict[str, float]:
-        if run.validation_set is None:
+        if evaluator is None:
             return {}
         with progress.chrono.paused():
             result = evaluator(current)
@@ -290,7 +308,6 @@ def _train(
                 current, {"train_seconds": seconds_before + progress.chrono.seconds}, metrics
             )
 
-    evaluator = _make_evaluator(run)
     guard = guards.CollapseGuard(run.train_set.num_classes)
     result: dict[str, float] = {}
     try:
@@ -311,7 +328,7 @@ def _train(
             guards.check_finite(number, values)
             guard.check(number, values)
             rate = config.batch_size * (number - first_step) / max(progress.chrono.seconds, 1e-9)
-            if number % config.loop.log_every == 0 or number == last_step:
+            if number % config.loop.log_every == 0 or number == config.train_steps:
                 named = {f"train/{name}": value for name, value in values.items()}
                 writer.write(
                     number,
@@ -333,24 +350,19 @@ def _train(
             settle()
             number = index + 1
             pending = number, metrics
-            stop = bool(requests)
-            at_end = number == last_step
-            at_eval = at_end or bool(
-                config.loop.eval_every and number % config.loop.eval_every == 0
-            )
-            at_save = (
-                stop
-                or at_eval
-                or bool(config.loop.checkpoint_every and number % config.loop.checkpoint_every == 0)
-            )
-            if at_save:
+            stop = bool(requests) or number == last_step
+            at_eval = number == config.train_steps or _is_due(number, config.loop.eval_every)
+            if stop or at_eval or _is_due(number, config.loop.checkpoint_every):
                 # A state is saved only after its own metrics were found finite.
                 result = settle()
                 pending = None
-                if at_eval:
-                    result = evaluate(current) or result
-                save(current, result)
-            if stop:
+                try:
+                    if at_eval:
+                        result = evaluate(current) or result
+                finally:
+                    # Also where the evaluation fails: it must not cost the training.
+                    save(current, result)
+            if requests:
                 progress.say(f"{requests[0]}: saved step {number}; the same command resumes.")
                 return result
         progress.say(
@@ -371,8 +383,18 @@ def _last_metrics(path: pathlib.Path) -> dict[str, float]:
     return {name: value for name, value in last.items() if name.startswith(("eval/", "train/"))}
 
 
-def _make_evaluator(run: _Run) -> Any:
-    """Returns ``state -> validation metrics``; compiled at its first use."""
+def _is_due(number: int, every: int) -> bool:
+    return every > 0 and number % every == 0
+
+
+def _make_evaluator(run: _Run) -> Evaluator | None:
+    """Returns ``state -> validation metrics``, traced now and compiled at its first use.
+
+    Without a validation split there is none.
+    """
+    if run.validation_set is None:
+        return None
+    validation_set = run.validation_set
     config, built = run.config, run.recipe
     attack = None
     if config.loop.eval_attack_steps:
@@ -390,12 +412,15 @@ def _make_evaluator(run: _Run) -> Any:
     )
     # Every device gets the same number of examples; the padding is masked.
     batch_size = -(-config.loop.eval_batch_size // jax.device_count()) * jax.device_count()
+    first_batch = run.put(next(data.eval_batches(validation_set, batch_size)))
+    template = run.template
+    lowered = eval_step.lower(template.params, template.model_state, first_batch, key)
+    compiled = functools.cache(lowered.compile)
 
     def evaluate(current: state.TrainState) -> dict[str, float]:
-        assert run.validation_set is not None
         totals: dict[str, float] = {}
-        for batch in data.eval_batches(run.validation_set, batch_size):
-            sums = _to_floats(eval_step(current.params, current.model_state, run.put(batch), key))
+        for batch in data.eval_batches(validation_set, batch_size):
+            sums = _to_floats(compiled()(current.params, current.model_state, run.put(batch), key))
             totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
         count = totals.pop("num_examples")
         return {f"eval/{name}": value / count for name, value in totals.items()}

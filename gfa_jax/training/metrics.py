@@ -9,15 +9,28 @@ from gfa_jax import files
 
 
 def read(path: pathlib.Path) -> list[dict[str, float]]:
-    """Returns the lines of a metrics file, without the unfinished last line that a crash leaves."""
+    """Returns the lines of a metrics file.
+
+    An unfinished last line, as a crash leaves it, is dropped.
+
+    Raises:
+      ValueError: for any other damaged line, naming it.
+    """
     if not path.exists():
         return []
+    lines = path.read_text().splitlines()
     rows = []
-    for line in path.read_text().splitlines():
+    for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+            row["step"] + 0
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines):
+                break
+            raise ValueError(
+                f"{str(path)!r} is damaged in line {number}: {line[:60]!r}."
+            ) from error
+        rows.append(row)
     return rows
 
 

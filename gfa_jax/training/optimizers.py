@@ -21,9 +21,13 @@ def schedule(
       warmup_fraction: in [0, 1].
 
     Raises:
-      ValueError: for an unknown name.
+      ValueError: for an unknown name, or a warm-up that leaves no step.
     """
     warmup_steps = round(warmup_fraction * num_steps)
+    if warmup_steps >= num_steps:
+        raise ValueError(
+            f"warmup_fraction={warmup_fraction} of {num_steps} steps leaves none after the warm-up."
+        )
     if name == "onecycle":
         first, last = learning_rate / 25, learning_rate / 1e4
         return optax.schedules.warmup_cosine_decay_schedule(

@@ -23,18 +23,18 @@ class Chrono:
           clock: gives seconds. The default is monotonic: a change of the system time does no harm.
         """
         self._clock = clock
-        self._started: float = clock()
         self._before = 0.0
+        self._started: float | None = clock()
 
     @property
     def seconds(self) -> float:
         """Seconds of work so far."""
-        return self._before + (self._clock() - self._started)
+        return self._before + (0.0 if self._started is None else self._clock() - self._started)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Does not count the time inside the block."""
-        self._before = self.seconds
+        """Does not count the time inside the block. Pauses do not nest."""
+        self._before, self._started = self.seconds, None
         try:
             yield
         finally:

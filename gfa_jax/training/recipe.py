@@ -63,7 +63,7 @@ def build(config: TrainConfig, *, num_classes: int, image_shape: tuple[int, ...]
         values = getattr(config.model, field)
         if len(values) not in (1, channels):
             raise ValueError(
-                f"config.model.{field}={values} must have 1 or {channels} values, for images of "
+                f"config.model.{field}={values} must have one value, or {channels} for images of "
                 f"{channels} channels."
             )
     module = models.create(
@@ -89,6 +89,12 @@ def build(config: TrainConfig, *, num_classes: int, image_shape: tuple[int, ...]
         clip_norm=config.optimizer.clip_norm,
     )
     hidden = config.gfa.hidden_layers or spec.hidden_layers
+    try:
+        re.compile(hidden)
+    except re.error as error:
+        raise ValueError(
+            f"config.gfa.hidden_layers={hidden!r} is not a valid regular expression: {error}."
+        ) from error
     input_norm = config.threat.norm if config.gfa.input_norm == "threat" else config.gfa.input_norm
     if hidden == spec.input_layer:
         raise ValueError(

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gfa_jax import alignment, losses, taps
 from gfa_jax.attacks import example_keys
+from gfa_jax.attacks.base import is_misclassified
 from gfa_jax.training.state import TrainState
 from gfa_jax.types import Array, AttackFn, Batch, Metrics, ModelState, Objective, Params
 
@@ -103,7 +104,7 @@ def make_eval_step(
     attack: AttackFn | None,
     to_float: Callable[[Array], Array],
     mesh: Mesh,
-) -> Callable[[Params, ModelState, Batch, Array], Metrics]:
+) -> jax.stages.Wrapped:
     """Returns the jitted ``(params, model_state, batch, key) -> masked sums over the batch``.
 
     The sums are ``num_examples``, ``clean_accuracy``, ``cross_entropy``, ``alignment/<tap>`` (of
@@ -130,7 +131,7 @@ def make_eval_step(
         )
         per_example = {
             "num_examples": jnp.ones(labels.shape),
-            "clean_accuracy": jnp.argmax(logits, axis=1) == labels,
+            "clean_accuracy": ~is_misclassified(logits, labels),
             "cross_entropy": losses.cross_entropy(logits, labels),
         }
         for name in features:

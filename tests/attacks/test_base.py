@@ -1,5 +1,7 @@
 """Tests of gfa_jax.attacks.base: keys, gradients of single examples, and the best point."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +38,46 @@ class TestExampleKeys:
         assert keys.shape == (2000,)
         assert jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
         assert len(np.unique(jax.random.key_data(keys), axis=0)) == 2000
+
+
+class TestCheckInputs:
+    INPUTS = jnp.array([[0.0, 0.5], [1.0, 0.25]])
+    LABELS = jnp.array([0, 1])
+
+    def test_valid_arrays_pass_known_or_traced(self):
+        threat = ThreatModel()
+        base.check_inputs(threat, self.INPUTS, self.LABELS)
+        base.check_inputs(threat, np.asarray(self.INPUTS), np.asarray(self.LABELS))
+        base.check_inputs(threat, self.INPUTS.astype(jnp.bfloat16), self.LABELS)
+        base.check_inputs(threat, jnp.zeros((0, 2)), jnp.zeros(0, jnp.int32))
+        jax.jit(functools.partial(base.check_inputs, threat))(self.INPUTS - 9, self.LABELS)
+        # Known arrays that a traced function closes over.
+        jax.jit(lambda: base.check_inputs(threat, self.INPUTS, self.LABELS))()
+
+    def test_inputs_at_bounds_that_float32_rounds_pass(self):
+        bounds = (-0.3, 0.1)
+        base.check_inputs(ThreatModel(bounds=bounds), jnp.array([bounds]), jnp.array([0]))
+
+    @pytest.mark.parametrize(
+        ("inputs", "labels", "message"),
+        [
+            (jnp.zeros((2, 3), jnp.uint8), jnp.zeros(2, jnp.int32), "inputs have dtype uint8"),
+            (
+                jnp.full((2, 3), 1.5),
+                jnp.zeros(2, jnp.int32),
+                r"inputs lie in \[1\.5, 1\.5\], outside",
+            ),
+            (jnp.full((2, 3), -0.5), jnp.zeros(2, jnp.int32), r"inputs lie in \[-0\.5, -0\.5\]"),
+            (jnp.full((2, 3), jnp.nan), jnp.zeros(2, jnp.int32), r"inputs lie in \[nan, nan\]"),
+            (jnp.zeros((2, 3)), jnp.zeros(3, jnp.int32), r"labels have shape \(3,\) .* \(2,\)"),
+            (jnp.zeros((2, 3)), jnp.zeros((2, 5)), r"labels have shape \(2, 5\) and dtype float32"),
+            (jnp.zeros((2, 3)), jnp.zeros(2), "labels have .* dtype float32; expected integers"),
+            (jnp.zeros((2, 3)), jnp.array([0, -1]), "labels hold -1; classes are counted from 0"),
+        ],
+    )
+    def test_what_an_attack_cannot_work_on_is_named(self, inputs, labels, message):
+        with pytest.raises(ValueError, match=message):
+            base.check_inputs(ThreatModel(), inputs, labels)
 
 
 class TestEvaluate:

@@ -145,7 +145,8 @@ def test_compare_prints_one_table_and_refuses_what_does_not_compare(
 ):
     _, out = evaluated
     runs = compare.compare([str(out), str(out)], str(tmp_path / "both.html"))
-    report.print_table(runs)
+    assert [run["name"] for run in runs] == [str(out), str(out)]
+    report.print_table([{**run, "name": "tiny"} for run in runs])
     printed = capsys.readouterr().out
     assert printed.count("tiny") >= 2
     assert "worst case" in printed
@@ -170,6 +171,10 @@ def test_compare_prints_one_table_and_refuses_what_does_not_compare(
         ),
         ({"attacks": "pgd:fast"}, ValueError, "'fast' is not option=value"),
         ({"attacks": " , "}, ValueError, "names no attack"),
+        ({"attacks": "fgsm:random_start=no"}, ValueError, "random_start=no must be true or false"),
+        ({"attacks": "pgd:step_size=big"}, ValueError, "step_size=big must be a number"),
+        ({"attacks": "pgd:num_steps=2.5"}, ValueError, "num_steps=2.5 must be an integer"),
+        ({"norm": "l2"}, ValueError, "norm='l2' needs an epsilon of its own"),
         ({"attacks": "pgd:num_steps=0"}, ValueError, "num_steps=0 must be an integer >= 1"),
         ({"epsilon": -0.1}, ValueError, "epsilon=-0.1 must be"),
         ({"norm": "linff"}, ValueError, "norm='linff'.*Did you mean 'linf'"),

@@ -123,6 +123,19 @@ def test_a_changed_dtype_is_an_error_not_a_cast(tmp_path, mesh):
     checkpoints.close()
 
 
+def test_a_damaged_checkpoint_is_named(tmp_path, mesh):
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints.save(make_state(mesh, 3), {})
+    checkpoints.close()
+    for path in (tmp_path / "3" / "model").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:7])
+    again = checkpoint.Checkpoints(tmp_path)
+    with pytest.raises(ValueError, match=r"checkpoint .*/3 cannot be read"):
+        again.restore_latest(template_of(make_state(mesh), mesh))
+    again.close()
+
+
 def test_an_unfinished_save_is_not_the_latest(tmp_path, mesh):
     checkpoints = checkpoint.Checkpoints(tmp_path)
     checkpoints.save(make_state(mesh, 1), {})

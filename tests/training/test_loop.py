@@ -86,8 +86,8 @@ def test_a_resumed_run_is_bit_identical(uninterrupted, tmp_path, stops):
     chex.assert_trees_all_equal(
         final_model(tmp_path, tiny_config()), final_model(workdir, tiny_config())
     )
-    expected = [row for row in metrics.read(workdir / "metrics.jsonl") if "train/loss" in row]
-    got = [row for row in metrics.read(tmp_path / "metrics.jsonl") if "train/loss" in row]
+    expected = metrics.read(workdir / "metrics.jsonl")
+    got = metrics.read(tmp_path / "metrics.jsonl")
     assert without_timing(got) == without_timing(expected)
 
 
@@ -117,11 +117,47 @@ def test_a_non_finite_loss_stops_with_the_last_good_checkpoint(tmp_path):
         ),
     )
     with pytest.raises(
-        guards.TrainingFailedError, match="not finite. The last checkpoint is intact"
+        guards.TrainingFailedError, match="not finite. What was saved before is intact"
     ):
         loop.train_and_evaluate(config, tmp_path)
     rows = metrics.read(tmp_path / "metrics.jsonl")
     assert all(np.isfinite(list(row.values())).all() for row in rows)
+
+
+def test_log_and_save_intervals_may_change_on_resuming(uninterrupted):
+    workdir, result = uninterrupted
+    changed = dataclasses.replace(tiny_config().loop, log_every=7, checkpoint_every=1)
+    assert loop.train_and_evaluate(tiny_config(loop=changed), workdir) == pytest.approx(result)
+
+
+def test_a_failing_evaluation_does_not_cost_the_training(tmp_path, monkeypatch):
+    make = loop._make_evaluator
+
+    def broken(run):
+        make(run)
+
+        def evaluate(current):
+            raise MemoryError("validation")
+
+        return evaluate
+
+    monkeypatch.setattr(loop, "_make_evaluator", broken)
+    with pytest.raises(MemoryError):
+        loop.train_and_evaluate(tiny_config(), tmp_path)
+    assert final_model(tmp_path, tiny_config()).step == 6
+
+
+def test_a_second_trainer_in_the_folder_is_refused(uninterrupted):
+    workdir, _ = uninterrupted
+    with loop._only_trainer(workdir), pytest.raises(ValueError, match="another process trains"):
+        loop.train_and_evaluate(tiny_config(), workdir)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"config": 3}', '{"config": {"gfa": 3}}'])
+def test_a_damaged_config_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config.json' is damaged|config.gfa=3 must hold fields"):
+        loop.claim_workdir(tmp_path, tiny_config())
 
 
 def test_a_folder_of_another_config_is_refused_and_left_alone(uninterrupted):
@@ -166,11 +202,18 @@ def test_bad_configs_are_refused_before_anything_is_written(tmp_path):
 
 
 def test_a_layer_pattern_that_matches_nothing_is_refused(tmp_path):
-    config = tiny_config(gfa=config_lib.GFAConfig(weight=1.0, hidden_layers="blok_.*"))
+    for weight in (1.0, 0.0):
+        config = tiny_config(gfa=config_lib.GFAConfig(weight=weight, hidden_layers="blok_.*"))
+        with pytest.raises(
+            ValueError, match=r"'blok_.\*' matches no layer of CNN.*Its layers are: block_0"
+        ):
+            loop.train_and_evaluate(config, tmp_path / "run")
+    broken = tiny_config(gfa=config_lib.GFAConfig(weight=1.0, hidden_layers="block_["))
     with pytest.raises(
-        ValueError, match=r"'blok_.\*' matches no layer of CNN.*Its layers are: block_0"
+        ValueError, match=r"hidden_layers='block_\[' is not a valid regular expression"
     ):
-        loop.train_and_evaluate(config, tmp_path)
+        loop.train_and_evaluate(broken, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_collapse_is_recognised():

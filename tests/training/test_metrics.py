@@ -30,6 +30,15 @@ def test_a_line_that_a_crash_cut_is_dropped(tmp_path):
     assert json.loads(path.read_text()) == {"step": 1, "a": 2.5}
 
 
+def test_damage_in_the_middle_is_an_error_and_nothing_is_lost(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    content = '{"step": 1}\n3\n{"step": 3}\n'
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"metrics.jsonl' is damaged in line 2: '3'"):
+        metrics.MetricsWriter(path, resume_step=3)
+    assert path.read_text() == content
+
+
 def test_tensorboard_events(tmp_path):
     pytest.importorskip("tensorboardX", reason="the tensorboard extra is not installed")
     folder = tmp_path / "tensorboard"

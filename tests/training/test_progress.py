@@ -20,6 +20,7 @@ def test_paused_time_does_not_count():
     clock.now += 3
     with chrono.paused():
         clock.now += 50
+        assert chrono.seconds == 3
     clock.now += 2
     assert chrono.seconds == 5
 
