@@ -38,7 +38,7 @@ def compare(evaluations: Sequence[str], out: str) -> list[dict[str, Any]]:
         raise ValueError("evaluations is empty: give the output folders of eval.py.")
     loaded = [report.load_evaluation(pathlib.Path(directory)) for directory in evaluations]
     runs = [{**results, "attacks": sorted(results["counts"])} for results, _ in loaded]
-    for field in ("threat", "data", "num_examples", "attacks"):
+    for field in ("threat", "num_examples", "data", "attacks"):
         values = {directory: run[field] for directory, run in zip(evaluations, runs, strict=True)}
         if any(value != runs[0][field] for value in values.values()):
             raise ValueError(

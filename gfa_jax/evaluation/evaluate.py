@@ -110,6 +110,8 @@ def evaluate(flags: EvalFlags) -> dict[str, Any]:
       FileNotFoundError: for a missing run, checkpoint or data set.
     """
     _validate.positive_integer(batch_size=flags.batch_size)
+    if flags.norm is not None:
+        _validate.one_of(norms.DUALS, norm=flags.norm)
     if flags.num_examples is not None:
         _validate.positive_integer(num_examples=flags.num_examples)
     specs = [spec.strip() for spec in flags.attacks.split(",") if spec.strip()]

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import gfa_jax
 from gfa_jax import _validate, attacks, data, files
 from gfa_jax import config as config_lib
 from gfa_jax.config import TrainConfig
@@ -39,8 +40,9 @@ class WorkdirMismatchError(ValueError):
 
 def versions() -> dict[str, str]:
     """Returns the versions and devices that a result depends on."""
-    packages = ("gfa_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
+        "gfa_jax": gfa_jax.__version__,
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in packages},
         "devices": (

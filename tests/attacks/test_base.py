@@ -65,7 +65,7 @@ class TestCheckInputs:
             (
                 jnp.full((2, 3), 1.5),
                 jnp.zeros(2, jnp.int32),
-                r"inputs lie in \[1\.5, 1\.5\], outside",
+                r"inputs lie in \[1\.5, 1\.5\]",
             ),
             (jnp.full((2, 3), -0.5), jnp.zeros(2, jnp.int32), r"inputs lie in \[-0\.5, -0\.5\]"),
             (jnp.full((2, 3), jnp.nan), jnp.zeros(2, jnp.int32), r"inputs lie in \[nan, nan\]"),

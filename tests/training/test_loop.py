@@ -184,7 +184,7 @@ def test_bad_configs_are_refused_before_anything_is_written(tmp_path):
         ),
         (
             tiny_config(model=config_lib.ModelConfig(input_mean=(0.1, 0.2))),
-            "config.model.input_mean=.* must have 1 or 1 values",
+            "config.model.input_mean=.* must have one value, or 1 for images of 1",
         ),
         (
             tiny_config(gfa=config_lib.GFAConfig(weight=1.0, input_weight=0, hidden_weight=0)),
