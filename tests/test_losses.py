@@ -13,9 +13,11 @@ from scipy.special import log_softmax, logsumexp, softmax
 from gfa_jax import losses
 
 NUM_CLASSES = 5
-logit_batches = hnp.arrays(np.float32, (4, NUM_CLASSES), elements=st.floats(-20, 20, width=32))
+# No subnormal numbers: XLA flushes them to zero.
+logit = st.floats(-20, 20, width=32, allow_subnormal=False)
+logit_batches = hnp.arrays(np.float32, (4, NUM_CLASSES), elements=logit)
 label_batches = hnp.arrays(np.int32, 4, elements=st.integers(0, NUM_CLASSES - 1))
-fast = settings(max_examples=25, deadline=None)
+fast = settings(max_examples=25, deadline=None, derandomize=True)
 
 jitted = {name: jax.jit(loss) for name, loss in losses.LOSSES.items()}
 gradients = {
@@ -60,7 +62,7 @@ class TestClosedForms:
         pairs = list(zip(logits, labels, strict=True))
         expected = np.array([others_of(row, label).max() - row[label] for row, label in pairs])
         values = np.asarray(jitted["margin"](logits, labels))
-        np.testing.assert_allclose(values, expected, rtol=1e-6)
+        np.testing.assert_allclose(values, expected, rtol=1e-6, atol=1e-30)
         wrong = np.argmax(logits, axis=1) != labels
         np.testing.assert_array_equal(values[values != 0] > 0, wrong[values != 0])
 
