@@ -40,7 +40,7 @@ digits: install
 	$(BIN)/python -m gfa_jax.evaluation.compare $(DIGITS:%=runs/digits/%/eval) --out runs/digits/report.html
 
 test: install-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-slow: install-dev
 	XLA_FLAGS= $(BIN)/python -m pytest -m slow

@@ -4,7 +4,7 @@ Source: Wong et al. 2020, arXiv 2001.03994; epsilon rises over the first half, s
 networks do not leave chance otherwise.
 Data: scikit-learn's scanned digits (1,097 training, 300 validation, 400 test images).
 Cost: 1.7 times the FLOPs of a standard step; about 20 s of training on 2 CPU cores.
-Result: not part of the demo; train and evaluate with the commands here and in eval.py.
+Result: printed by `make digits`; see README.md.
 Command: python train.py --config configs/digits_fgsm_at.py --workdir runs/digits_fgsm_at
 """
 

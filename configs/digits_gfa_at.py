@@ -3,7 +3,7 @@
 Source: composition of digits_gfa and digits_pgd_at, with a tenth of the alignment weight.
 Data: scikit-learn's scanned digits (1,097 training, 300 validation, 400 test images).
 Cost: 6.7 times the FLOPs of a standard step; about a minute of training on 2 CPU cores.
-Result: not part of the demo; train and evaluate with the commands here and in eval.py.
+Result: printed by `make digits`; see README.md.
 Command: python train.py --config configs/digits_gfa_at.py --workdir runs/digits_gfa_at
 """
 

@@ -3,7 +3,7 @@
 Source: Madry et al. 2018, arXiv 1706.06083; epsilon rises over the first half.
 Data: scikit-learn's scanned digits (1,097 training, 300 validation, 400 test images).
 Cost: 5.7 times the FLOPs of a standard step; about a minute of training on 2 CPU cores.
-Result: not part of the demo; train and evaluate with the commands here and in eval.py.
+Result: printed by `make digits`; see README.md.
 Command: python train.py --config configs/digits_pgd_at.py --workdir runs/digits_pgd_at
 """
 
