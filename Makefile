@@ -47,6 +47,7 @@ test-slow: install-dev
 
 install-parity: install-dev
 	$(BIN)/python -m pip install --quiet --editable '.[parity]'
+	$(BIN)/python -m pip install --quiet --no-deps torchattacks==3.5.1  # it pins old versions of what it needs
 
 test-parity: install-parity
 	$(BIN)/python -m pytest -m parity

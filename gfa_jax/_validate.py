@@ -5,6 +5,7 @@
 
 import difflib
 import math
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -26,20 +27,24 @@ def one_of(valid: Iterable[str], **arguments: Any) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def non_negative(**arguments: Any) -> None:
     """Raises ValueError for a Python number that is negative, infinite or NaN."""
     for argument, value in arguments.items():
-        if _is_number(value) and not (value >= 0 and math.isfinite(value)):
+        if isinstance(value, str) or (
+            _is_number(value) and not (value >= 0 and math.isfinite(value))
+        ):
             raise ValueError(f"{argument}={value!r} must be a finite number >= 0.")
 
 
 def positive(**arguments: Any) -> None:
     """Raises ValueError for a Python number that is not above zero and finite."""
     for argument, value in arguments.items():
-        if _is_number(value) and not (value > 0 and math.isfinite(value)):
+        if isinstance(value, str) or (
+            _is_number(value) and not (value > 0 and math.isfinite(value))
+        ):
             raise ValueError(f"{argument}={value!r} must be a finite number > 0.")
 
 

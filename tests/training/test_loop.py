@@ -4,6 +4,7 @@ import dataclasses
 import json
 import signal
 import threading
+import time
 
 import chex
 import jax
@@ -100,10 +101,14 @@ def test_a_finished_run_is_not_trained_again(uninterrupted):
 
 def test_sigterm_saves_and_returns(tmp_path):
     config = tiny_config(train_steps=100_000)
-    timer = threading.Timer(8.0, signal.raise_signal, [signal.SIGTERM])
-    timer.start()
+
+    def terminate_once_training():
+        while len(metrics.read(tmp_path / "metrics.jsonl")) < 3:
+            time.sleep(0.05)
+        signal.raise_signal(signal.SIGTERM)
+
+    threading.Thread(target=terminate_once_training, daemon=True).start()
     loop.train_and_evaluate(config, tmp_path)
-    timer.cancel()
     saved = int(final_model(tmp_path, config).step)
     assert 0 < saved < 100_000
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
