@@ -95,7 +95,7 @@ class GFAConfig:
     """Norm of the input feature; ``threat`` for that of the threat model. Hidden layers use l2."""
     second_order: str = "exact"
     """``exact`` or ``finite_difference``."""
-    displacement: float = 0.05
+    displacement: float = 0.02
     """Of the finite difference, as a share of feature norms."""
 
 

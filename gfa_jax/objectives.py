@@ -70,7 +70,7 @@ def gfa(
     target: str | LossFn = SAMPLED_MARGIN,
     form: str = "log",
     second_order: str = "exact",
-    displacement: float = 0.05,
+    displacement: float = 0.02,
 ) -> Objective:
     """Cross-entropy plus gradient-feature alignment at every tapped layer of the model.
 
