@@ -108,7 +108,7 @@ def test_weight_zero_is_the_plain_step_exactly(case, key):
 
 @pytest.mark.parametrize("target", ["sampled_margin", "log_odds"])
 def test_finite_difference_gradient_points_where_the_exact_one_does(key, target):
-    """On the network of the digits recipes; narrower ones have fewer units to average kinks over."""
+    """On the network of the digits recipes: narrower ones average over fewer kinks."""
     module = create("cnn4", num_classes=10, input_mean=(0.305,), input_std=(0.376,))
     inputs = jax.random.uniform(key, (64, 8, 8, 1))
     batch = {"inputs": inputs, "labels": jnp.arange(64) % 10}
