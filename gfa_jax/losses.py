@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from gfa_jax import _validate
-from gfa_jax.types import Array, LossFn
+from gfa_jax.types import Array, LossFn, TargetedLossFn
 
 
 def _at(logits: Array, labels: Array) -> Array:
@@ -53,6 +53,20 @@ def margin(logits: Array, labels: Array) -> Array:
     return jnp.max(_without(logits, labels), axis=1) - _at(logits, labels)
 
 
+def _largest(logits: Array, count: int) -> list[Array]:
+    """Returns the ``count`` largest logits of each example, largest first, each ``[B]``.
+
+    Not ``lax.top_k``: XLA does not partition it, so that every device would gather the whole batch.
+    """
+    classes = jnp.arange(logits.shape[1])[None, :]
+    found = []
+    for _ in range(count):
+        is_largest = classes == jnp.argmax(logits, axis=1)[:, None]
+        found.append(jnp.sum(jnp.where(is_largest, logits, 0), axis=1))
+        logits = jnp.where(is_largest, -jnp.inf, logits)
+    return found
+
+
 def class_difference(logits: Array, labels: Array, others: Array) -> Array:
     """Returns ``z_k - z_y`` for the classes ``k = others [B]``."""
     logits = _wide(logits)
@@ -69,8 +83,8 @@ def dlr(logits: Array, labels: Array) -> Array:
     logits = _wide(logits)
     if logits.shape[1] < 3:
         return margin(logits, labels)
-    top = jax.lax.top_k(logits, 3)[0]
-    return margin(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)
+    first, _, third = _largest(logits, 3)
+    return margin(logits, labels) / (first - third + 1e-12)
 
 
 def dlr_targeted(logits: Array, labels: Array, targets: Array) -> Array:
@@ -84,8 +98,9 @@ def dlr_targeted(logits: Array, labels: Array, targets: Array) -> Array:
     num_classes = logits.shape[1]
     if num_classes < 3:
         return difference
-    top = jax.lax.top_k(logits, min(4, num_classes))[0]
-    return difference / (top[:, 0] - jnp.mean(top[:, 2:], axis=1) + 1e-12)
+    first, _, third, *fourth = _largest(logits, min(4, num_classes))
+    lower = (third + fourth[0]) / 2 if fourth else third
+    return difference / (first - lower + 1e-12)
 
 
 def kl(logits: Array, reference_logits: Array) -> Array:
@@ -126,6 +141,34 @@ LOSSES: dict[str, LossFn] = {
     "dlr": dlr,
 }
 """The losses of ``(logits, labels)`` by name."""
+
+
+def _towards_targets(loss_fn: LossFn) -> TargetedLossFn:
+    """Minimising the loss with the target as the label is what a targeted attack wants."""
+    return lambda logits, labels, targets: -loss_fn(logits, targets)
+
+
+TARGETED_LOSSES: dict[str, TargetedLossFn] = {
+    "cross_entropy": _towards_targets(cross_entropy),
+    "log_odds": _towards_targets(log_odds),
+    "margin": _towards_targets(margin),
+    "dlr": dlr_targeted,
+}
+"""The losses of ``(logits, labels, targets)`` by name: larger is closer to the target class."""
+
+
+def get_targeted(loss: str | LossFn) -> TargetedLossFn:
+    """Returns the targeted form of a loss.
+
+    That of a function ``loss(logits, labels)`` is ``-loss(logits, targets)``.
+
+    Raises:
+      ValueError: for an unknown name.
+    """
+    if isinstance(loss, Callable):  # type: ignore[arg-type]
+        return _towards_targets(loss)  # type: ignore[arg-type]
+    _validate.one_of(TARGETED_LOSSES, loss=loss)
+    return TARGETED_LOSSES[loss]  # type: ignore[index]
 
 
 def get(loss: str | LossFn) -> LossFn:

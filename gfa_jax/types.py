@@ -41,6 +41,8 @@ LogitsFn = Callable[[Array], Array]
 LossFn = Callable[[Array, Array], Array]
 """``(logits [B, C], labels [B]) -> loss [B]``: per example, without reduction. Attacks maximise it,
 training minimises it."""
+TargetedLossFn = Callable[[Array, Array, Array], Array]
+"""``(logits [B, C], labels [B], targets [B]) -> loss [B]``: larger is closer to the target."""
 ApplyFn = Callable[[Taps, Array], tuple[Array, Features]]
 """``(taps, inputs [B, ...]) -> (logits [B, C], features)``."""
 
@@ -76,16 +78,23 @@ class AttackResult(NamedTuple):
     """What an attack found, one entry for each example. No gradient flows through any field.
 
     Attributes:
-      adv_inputs: ``[B, ...]``, inside ball and box. An attack that keeps the best point gives the
-        clean input where it failed.
-      success: bool ``[B]``, whether ``argmax logits(adv_inputs) != labels``.
+      adv_inputs: ``[B, ...]``, inside the box, and inside the ball unless the attack looks for the
+        smallest perturbation. An attack that keeps the best point gives the clean input where it
+        failed.
+      success: bool ``[B]``, whether the model is misled at ``adv_inputs``: ``argmax logits !=
+        labels``, or ``== targets`` for a targeted attack. True at distance 0 where the clean input
+        misleads it already. An attack that looks for the smallest perturbation succeeds at any
+        distance.
       distance: float32 ``[B]``, the threat norm of ``adv_inputs - inputs``.
-      loss: float32 ``[B]``, the largest loss seen inside the ball, over misclassified points alone
-        where there are any (of ``adv_inputs`` for an attack that keeps the last point).
+      loss: float32 ``[B]``, the largest value seen of the attack's own loss (of ``adv_inputs``, for
+        an attack that keeps the last point or the closest one).
       num_forwards: int32 ``[B]``, model evaluations spent on the example.
-      num_backwards: int32 ``[B]``, gradient evaluations spent on the example.
+      num_backwards: int32 ``[B]``, gradient evaluations spent on the example; a Jacobian counts one
+        for each row.
       num_zero_gradients: int32 ``[B]``, gradient evaluations that gave exactly zero everywhere: a
         sign of saturation or masking.
+      members: for an ensemble, bool ``[B]`` for each attack by name: whether this attack broke the
+        example, which those before it did not. Otherwise empty.
     """
 
     adv_inputs: Array
@@ -95,13 +104,22 @@ class AttackResult(NamedTuple):
     num_forwards: Array
     num_backwards: Array
     num_zero_gradients: Array
+    members: dict[str, Array]
 
 
 class AttackFn(Protocol):
     """An attack: pure and traceable, closed over its threat model and options."""
 
     def __call__(
-        self, logits_fn: LogitsFn, keys: Array | None, inputs: Array, labels: Array
+        self,
+        logits_fn: LogitsFn,
+        keys: Array | None,
+        inputs: Array,
+        labels: Array,
+        *,
+        targets: Array | None = None,
+        start: Array | None = None,
+        active: Array | None = None,
     ) -> AttackResult:
         """Attacks each example on its own.
 
@@ -111,5 +129,11 @@ class AttackFn(Protocol):
             for an attack that draws nothing.
           inputs: float ``[B, ...]`` in the threat model's bounds.
           labels: int32 ``[B]``, the true classes.
+          targets: int32 ``[B]``: the attack is a targeted one and succeeds only where the model
+            predicts these classes.
+          start: ``[B, ...]``, where to start instead of at the clean input or a random point, such
+            as adversarial examples of another model.
+          active: bool ``[B]``, the examples to attack; the others come back clean, without success
+            and at no count.
         """
         ...

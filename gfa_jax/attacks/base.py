@@ -1,10 +1,11 @@
-"""What all attacks share: per-example keys, gradients, and the bookkeeping of the best point.
+"""What all attacks share: per-example keys, checks, goals and gradients.
 
 An attack sees a model only as ``logits_fn``. Gradients are those of the sum of per-example losses,
 so that each example's gradient is its own, whatever the batch holds and however it is spread over
 devices.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 
 from gfa_jax import norms
 from gfa_jax.threat import ThreatModel
-from gfa_jax.types import Array, AttackResult, LogitsFn, LossFn
+from gfa_jax.types import Array, LogitsFn, LossFn, TargetedLossFn
 
 
 def example_keys(key: Array, indices: Array) -> Array:
@@ -63,22 +64,68 @@ def check_inputs(threat: ThreatModel, inputs: Array, labels: Array) -> None:
             raise ValueError(f"labels hold {lowest}; classes are counted from 0.")
 
 
+class Goal(NamedTuple):
+    """What an attack on a batch wants.
+
+    Attributes:
+      loss: ``logits [B, C] -> [B]``, to maximise.
+      reached: ``logits [B, C] -> bool [B]``, whether the model is misled.
+      labels: int ``[B]``.
+      targets: int ``[B]``, the classes that the loss aims at; ``None`` for any wrong class.
+    """
+
+    loss: Callable[[Array], Array]
+    reached: Callable[[Array], Array]
+    labels: Array
+    targets: Array | None
+
+
+def untargeted(loss_fn: LossFn, labels: Array) -> Goal:
+    """Any wrong class, by maximising ``loss_fn(logits, labels)``."""
+    return Goal(
+        loss=lambda logits: loss_fn(logits, labels),
+        reached=lambda logits: is_misclassified(logits, labels),
+        labels=labels,
+        targets=None,
+    )
+
+
+def multi_targeted(loss_fn: TargetedLossFn, labels: Array, targets: Array) -> Goal:
+    """Any wrong class, by moving towards ``targets [B]``."""
+    return Goal(
+        loss=lambda logits: loss_fn(logits, labels, targets),
+        reached=lambda logits: is_misclassified(logits, labels),
+        labels=labels,
+        targets=targets,
+    )
+
+
+def targeted(loss_fn: TargetedLossFn, labels: Array, targets: Array) -> Goal:
+    """The classes ``targets [B]`` and no others."""
+    return Goal(
+        loss=lambda logits: loss_fn(logits, labels, targets),
+        reached=lambda logits: ~is_misclassified(logits, targets),
+        labels=labels,
+        targets=targets,
+    )
+
+
 class Evaluation(NamedTuple):
     """The model at one point of each example.
 
     Attributes:
       loss: float32 ``[B]``.
-      misclassified: bool ``[B]``.
+      reached: bool ``[B]``, whether the goal is reached.
       gradient: of the summed loss, ``[B, ...]``.
     """
 
     loss: Array
-    misclassified: Array
+    reached: Array
     gradient: Array
 
 
-def evaluate(logits_fn: LogitsFn, loss_fn: LossFn, inputs: Array, labels: Array) -> Evaluation:
-    """Returns loss, correctness and input gradient from one forward and one backward pass.
+def evaluate(logits_fn: LogitsFn, goal: Goal, inputs: Array) -> Evaluation:
+    """Returns loss, success and input gradient from one forward and one backward pass.
 
     Gradient coordinates that are not finite are set to 0: a step along them would leave the box for
     NaN, which no model classifies correctly.
@@ -86,20 +133,43 @@ def evaluate(logits_fn: LogitsFn, loss_fn: LossFn, inputs: Array, labels: Array)
 
     def summed_loss(inputs: Array) -> tuple[Array, tuple[Array, Array]]:
         logits = logits_fn(inputs)
-        losses = loss_fn(logits, labels)
-        return jnp.sum(losses), (losses, is_misclassified(logits, labels))
+        losses = goal.loss(logits)
+        return jnp.sum(losses), (losses, goal.reached(logits))
 
-    (_, (losses, wrong)), gradient = jax.value_and_grad(summed_loss, has_aux=True)(inputs)
-    finite = jnp.where(jnp.isfinite(gradient), gradient, 0)
-    return Evaluation(losses.astype(jnp.float32), wrong, finite)
+    (_, (losses, reached)), gradient = jax.value_and_grad(summed_loss, has_aux=True)(inputs)
+    return Evaluation(losses.astype(jnp.float32), reached, finite(gradient))
 
 
-def evaluate_forward(
-    logits_fn: LogitsFn, loss_fn: LossFn, inputs: Array, labels: Array
+def pull_back(
+    logits_fn: LogitsFn,
+    inputs: Array,
+    cotangents: Callable[[Array], Array],
+    *,
+    chunk_size: int | None = None,
 ) -> tuple[Array, Array]:
-    """Returns loss ``[B]`` and misclassification ``[B]`` from one forward pass."""
-    logits = logits_fn(inputs)
-    return loss_fn(logits, labels).astype(jnp.float32), is_misclassified(logits, labels)
+    """Returns logits and several input gradients from one forward pass.
+
+    Args:
+      logits_fn: the model.
+      inputs: ``[B, ...]``.
+      cotangents: ``logits [B, C] -> [K, B, C]``: row ``k`` of the result is the gradient of
+        ``sum(cotangents[k] * logits)``, cotangents held constant.
+      chunk_size: gradients taken at once; all ``K`` by default. Memory grows with it.
+
+    Returns:
+      ``(logits [B, C], gradients [K, B, ...])``; what is not finite is 0.
+    """
+    logits, pullback = jax.vjp(logits_fn, inputs)
+    rows = jax.lax.stop_gradient(cotangents(logits)).astype(logits.dtype)
+    gradients = jax.lax.map(
+        lambda row: pullback(row)[0], rows, batch_size=chunk_size or rows.shape[0]
+    )
+    return logits, finite(gradients)
+
+
+def finite(values: Array) -> Array:
+    """Returns the values with 0 for what is not finite."""
+    return jnp.where(jnp.isfinite(values), values, 0)
 
 
 def is_misclassified(logits: Array, labels: Array) -> Array:
@@ -124,55 +194,32 @@ def is_zero(gradient: Array) -> Array:
     return ~jnp.any(norms.flatten(gradient) != 0, axis=1)
 
 
+def classes_by_rank(logits: Array) -> Array:
+    """Returns the classes ``[B, C]`` from the largest logit down; ties go to the lower class."""
+    return jnp.argsort(-logits, axis=1, stable=True)
+
+
 class Best(NamedTuple):
-    """The best point so far: misclassified points first, then the larger loss.
+    """The best point so far: points that reach the goal first, then the larger loss.
 
     Attributes:
       adv_inputs: ``[B, ...]``.
       loss: ``[B]``, the loss at ``adv_inputs``.
-      success: ``[B]``, whether ``adv_inputs`` is misclassified.
+      success: ``[B]``, whether ``adv_inputs`` reaches the goal.
     """
 
     adv_inputs: Array
     loss: Array
     success: Array
 
-    def update(self, adv_inputs: Array, loss: Array, misclassified: Array) -> "Best":
+    def update(self, adv_inputs: Array, loss: Array, reached: Array) -> "Best":
         """Returns the better of this and a new point, example by example.
 
-        A point of NaN loss never replaces another unless it misleads the model.
+        A point of NaN loss never replaces another unless it reaches the goal.
         """
-        first_success = misclassified & ~self.success
-        better = first_success | ((misclassified == self.success) & (loss > self.loss))
+        better = (reached & ~self.success) | ((reached == self.success) & (loss > self.loss))
         return Best(
             jnp.where(norms.expand(better, adv_inputs), adv_inputs, self.adv_inputs),
             jnp.where(better, loss, self.loss),
-            self.success | misclassified,
+            self.success | reached,
         )
-
-
-def finish(
-    threat: ThreatModel,
-    inputs: Array,
-    best: Best,
-    *,
-    num_forwards: int,
-    num_backwards: int,
-    num_zero_gradients: Array,
-) -> AttackResult:
-    """Returns the result of an attack that keeps the best point.
-
-    Where it failed, that is the clean input, at distance 0.
-    """
-    adv_inputs = jnp.where(norms.expand(best.success, inputs), best.adv_inputs, inputs)
-    count = jnp.ones(inputs.shape[0], jnp.int32)
-    result = AttackResult(
-        adv_inputs=adv_inputs,
-        success=best.success,
-        distance=threat.distance(inputs, adv_inputs).astype(jnp.float32),
-        loss=best.loss,
-        num_forwards=num_forwards * count,
-        num_backwards=num_backwards * count,
-        num_zero_gradients=num_zero_gradients,
-    )
-    return jax.lax.stop_gradient(result)

@@ -4,57 +4,27 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from gfa_jax import _validate, losses, norms
+from gfa_jax import _validate
 from gfa_jax.attacks import base
+from gfa_jax.attacks.estimators import EXACT, Estimator, Model, fold_in
+from gfa_jax.attacks.runs import KL, Attack, Found, Problem, goal_of, starting_point
 from gfa_jax.threat import ThreatModel
-from gfa_jax.types import Array, AttackFn, AttackResult, LogitsFn, LossFn
+from gfa_jax.types import Array, LossFn
 
 KEEP = ("best", "last")
 
 
-def _keys_needed(keys: Array | None, inputs: Array) -> Array:
-    if keys is None:
-        raise ValueError(
-            "keys=None, but random_start=True draws one start for each example: pass keys of "
-            "shape [B] (example_keys)."
-        )
-    if keys.shape != inputs.shape[:1]:
-        raise ValueError(
-            f"keys has shape {keys.shape}; expected one typed key for each of the "
-            f"{inputs.shape[0]} examples."
-        )
-    return keys
-
-
-def _last_point_result(
-    threat: ThreatModel,
-    logits_fn: LogitsFn,
-    loss_fn: LossFn,
-    inputs: Array,
-    adv_inputs: Array,
-    labels: Array,
-    *,
-    num_backwards: int,
-    num_zero_gradients: Array,
-) -> AttackResult:
-    """Judges one given point.
+def _judge(
+    estimator: Estimator, model: Model, keys: Array | None, goal: base.Goal, adv_inputs: Array
+) -> tuple[Array, Array]:
+    """Returns loss ``[B]`` and success ``[B]`` at one point of each example.
 
     Under jit, a caller that uses only ``adv_inputs`` does not pay for the judgement.
     """
-    adv_inputs = jax.lax.stop_gradient(adv_inputs)
-    loss, wrong = base.evaluate_forward(logits_fn, loss_fn, adv_inputs, labels)
-    count = jnp.ones(inputs.shape[0], jnp.int32)
-    result = AttackResult(
-        adv_inputs=adv_inputs,
-        success=wrong,
-        distance=threat.distance(inputs, adv_inputs).astype(jnp.float32),
-        loss=loss,
-        num_forwards=(num_backwards + 1) * count,
-        num_backwards=num_backwards * count,
-        num_zero_gradients=num_zero_gradients,
-    )
-    return jax.lax.stop_gradient(result)
+    logits = estimator.logits(model, jax.lax.stop_gradient(adv_inputs), keys)
+    return goal.loss(logits).astype(jnp.float32), goal.reached(logits)
 
 
 def fgsm(
@@ -63,7 +33,8 @@ def fgsm(
     loss: str | LossFn = "cross_entropy",
     random_start: bool = False,
     step_size: float | Array | None = None,
-) -> AttackFn:
+    estimator: Estimator = EXACT,
+) -> Attack:
     """The fast gradient sign method, and its random-start form.
 
     Without a random start (Goodfellow et al. 2015, arXiv 1412.6572): the allowed point that
@@ -79,6 +50,7 @@ def fgsm(
       loss: the loss to maximise, by name (``losses.LOSSES``) or as a function.
       random_start: whether to start at a random allowed point.
       step_size: of the random-start form, in input units; default ``1.25 * epsilon``.
+      estimator: where the gradient comes from.
 
     Returns:
       An attack that returns its only point, successful or not.
@@ -87,7 +59,6 @@ def fgsm(
       ValueError: for an unknown loss, a step size that is not positive, or one given without a
         random start.
     """
-    loss_fn = losses.get(loss)
     if step_size is not None:
         _validate.positive(step_size=step_size)
         if not random_start:
@@ -97,30 +68,30 @@ def fgsm(
             )
     step = 1.25 * threat.epsilon if step_size is None else step_size
 
-    def attack(
-        logits_fn: LogitsFn, keys: Array | None, inputs: Array, labels: Array
-    ) -> AttackResult:
-        base.check_inputs(threat, inputs, labels)
-        start = threat.random_start(_keys_needed(keys, inputs), inputs) if random_start else inputs
-        gradient = base.evaluate(logits_fn, loss_fn, start, labels).gradient
+    def run(
+        model: Model, keys: Array | None, problem: Problem, goal: base.Goal, index: int | Array
+    ) -> Found:
+        inputs = problem.inputs
+        start = starting_point(threat, keys, problem, random_start)
+        gradient = estimator.evaluate(model, goal, start, keys).gradient
         if random_start:
             adv_inputs = threat.project(
                 inputs, start + step * threat.steepest_step(start, gradient)
             )
         else:
             adv_inputs = threat.linear_maximizer(inputs, gradient)
-        return _last_point_result(
-            threat,
-            logits_fn,
-            loss_fn,
-            inputs,
+        final_loss, reached = _judge(estimator, model, keys, goal, adv_inputs)
+        one = jnp.ones(inputs.shape[0], jnp.int32)
+        return Found(
             adv_inputs,
-            labels,
-            num_backwards=1,
-            num_zero_gradients=base.is_zero(gradient).astype(jnp.int32),
+            reached,
+            final_loss,
+            one * (estimator.num_forwards + estimator.num_judging),
+            one * estimator.num_backwards,
+            base.is_zero(gradient).astype(jnp.int32),
         )
 
-    return attack
+    return Attack(threat, goal_of(loss), run, keep="last", estimator=estimator, draws=random_start)
 
 
 class _Walk(NamedTuple):
@@ -129,6 +100,7 @@ class _Walk(NamedTuple):
     adv_inputs: Array
     best: base.Best
     num_zero_gradients: Array
+    optimizer_state: optax.OptState
 
 
 def pgd(
@@ -140,8 +112,10 @@ def pgd(
     random_start: bool = True,
     loss: str | LossFn = "cross_entropy",
     keep: str = "best",
+    optimizer: optax.GradientTransformation | None = None,
+    estimator: Estimator = EXACT,
     unroll: int | bool = 1,
-) -> AttackFn:
+) -> Attack:
     """Projected gradient descent with steepest steps (Madry et al. 2018, arXiv 1706.06083).
 
     Each step moves by ``step_size`` along ``ThreatModel.steepest_step`` and projects. Steps and
@@ -154,11 +128,17 @@ def pgd(
       num_restarts: independent runs; the best point over all of them is kept. With
         ``random_start=False`` they would all be the same, so more than one is an error.
       random_start: start at a random allowed point instead of the clean input.
-      loss: the loss to maximise, by name (``losses.LOSSES``) or as a function.
-      keep: ``best``: the misclassified point of largest loss over all iterates and restarts, the
-        clean one included; the clean input where none was found, and where it is misclassified
-        already. At least as strong as ``last`` with the same keys. ``last``: the last iterate of a
-        single run, successful or not, as adversarial training and published PGD-k figures use it.
+      loss: the loss to maximise, by name (``losses.LOSSES``, or ``kl`` for the divergence from the
+        clean predictions, as in TRADES) or as a function.
+      keep: ``best``: the point of largest loss among those that mislead the model, over all
+        iterates and restarts, the clean one included; the clean input where there is none, and
+        where it misleads the model already. At least as strong as ``last`` with the same keys.
+        ``last``: the last iterate of a single run, successful or not, as adversarial training and
+        published PGD-k figures use it.
+      optimizer: an optax transformation that replaces the steepest step, such as
+        ``optax.adam(epsilon / 4)``. It sees the gradient of the negated loss, example by example
+        (each has a state of its own), and its updates are added before the projection.
+      estimator: where the gradient comes from.
       unroll: how many steps of the loop are unrolled, as in ``lax.fori_loop``. Models with
         ``nn.Conv`` on CPU gain several-fold from ``unroll=True``, for a longer compilation (jax
         issue 12868); this library's own models do not need it.
@@ -174,6 +154,11 @@ def pgd(
     _validate.one_of(KEEP, keep=keep)
     if step_size is not None:
         _validate.positive(step_size=step_size)
+        if optimizer is not None:
+            raise ValueError(
+                f"step_size={step_size!r} and an optimizer were given: the optimizer has a step "
+                "size of its own."
+            )
     if num_restarts > 1 and not random_start:
         raise ValueError(
             f"num_restarts={num_restarts} with random_start=False would repeat the same run: use "
@@ -183,84 +168,70 @@ def pgd(
         raise ValueError(
             f"num_restarts={num_restarts} needs keep='best': the last point of a run is one point."
         )
-    loss_fn = losses.get(loss)
+    if loss == KL and not random_start:
+        raise ValueError(
+            f"loss={KL!r} with random_start=False would not move: its gradient at the clean input "
+            "is zero."
+        )
     step = 2.5 * threat.epsilon / num_steps if step_size is None else step_size
 
-    def run(
-        logits_fn: LogitsFn,
-        keys: Array | None,
-        index: int | Array,
-        inputs: Array,
-        labels: Array,
-        best: base.Best,
-    ) -> _Walk:
-        """One run: restart ``index`` draws the same start whatever is kept."""
-        start = inputs
-        if random_start:
-            fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
-            start = threat.random_start(fold_in(_keys_needed(keys, inputs), index), inputs)
+    def move(walk: _Walk, gradient: Array) -> tuple[Array, optax.OptState]:
+        if optimizer is None:
+            return step * threat.steepest_step(walk.adv_inputs, gradient), ()
+        return jax.vmap(optimizer.update)(-gradient, walk.optimizer_state, walk.adv_inputs)
 
-        def body(_: int, walk: _Walk) -> _Walk:
-            here = base.evaluate(logits_fn, loss_fn, walk.adv_inputs, labels)
+    def run(
+        model: Model, keys: Array | None, problem: Problem, goal: base.Goal, index: int | Array
+    ) -> Found:
+        """One run: restart ``index`` draws the same start whatever is kept."""
+        inputs = problem.inputs
+        start = starting_point(threat, keys, problem, random_start)
+
+        def body(number: Array, walk: _Walk) -> _Walk:
+            step_keys = fold_in(keys, number) if estimator.needs_keys and keys is not None else None
+            here = estimator.evaluate(model, goal, walk.adv_inputs, step_keys)
             best = (
-                walk.best.update(walk.adv_inputs, here.loss, here.misclassified)
+                walk.best.update(walk.adv_inputs, here.loss, here.reached)
                 if keep == "best"
                 else walk.best
             )
-            moved = walk.adv_inputs + step * threat.steepest_step(walk.adv_inputs, here.gradient)
+            update, optimizer_state = move(walk, here.gradient)
             zero = base.is_zero(here.gradient).astype(jnp.int32)
-            return _Walk(threat.project(inputs, moved), best, walk.num_zero_gradients + zero)
-
-        no_zero = jnp.zeros(inputs.shape[0], jnp.int32)
-        return jax.lax.fori_loop(0, num_steps, body, _Walk(start, best, no_zero), unroll=unroll)
-
-    def attack_last(
-        logits_fn: LogitsFn, keys: Array | None, inputs: Array, labels: Array
-    ) -> AttackResult:
-        base.check_inputs(threat, inputs, labels)
-        unused = jnp.zeros(inputs.shape[0])
-        walk = run(logits_fn, keys, 0, inputs, labels, base.Best(inputs, unused, unused > 0))
-        return _last_point_result(
-            threat,
-            logits_fn,
-            loss_fn,
-            inputs,
-            walk.adv_inputs,
-            labels,
-            num_backwards=num_steps,
-            num_zero_gradients=walk.num_zero_gradients,
-        )
-
-    def attack_best(
-        logits_fn: LogitsFn, keys: Array | None, inputs: Array, labels: Array
-    ) -> AttackResult:
-        base.check_inputs(threat, inputs, labels)
-        clean_loss, clean_wrong = base.evaluate_forward(logits_fn, loss_fn, inputs, labels)
-        clean = base.Best(inputs, clean_loss, clean_wrong)
-
-        def restart(index: Array, carry: tuple[base.Best, Array]) -> tuple[base.Best, Array]:
-            best, num_zero = carry
-            walk = run(logits_fn, keys, index, inputs, labels, best)
-            last_loss, last_wrong = base.evaluate_forward(
-                logits_fn, loss_fn, walk.adv_inputs, labels
+            return _Walk(
+                threat.project(inputs, walk.adv_inputs + update),
+                best,
+                walk.num_zero_gradients + zero,
+                optimizer_state,
             )
-            return walk.best.update(
-                walk.adv_inputs, last_loss, last_wrong
-            ), num_zero + walk.num_zero_gradients
 
-        no_zero = jnp.zeros(inputs.shape[0], jnp.int32)
-        best, num_zero = jax.lax.fori_loop(0, num_restarts, restart, (clean, no_zero))
-        # A misclassified input is broken by definition; moving it would only blur the distances.
-        best = best._replace(
-            adv_inputs=jnp.where(norms.expand(clean_wrong, inputs), inputs, best.adv_inputs)
+        none = jnp.zeros(inputs.shape[0], jnp.int32)
+        nothing = base.Best(inputs, jnp.full(none.shape, -jnp.inf), none > 0)
+        optimizer_state = () if optimizer is None else jax.vmap(optimizer.init)(start)
+        walk = jax.lax.fori_loop(
+            0, num_steps, body, _Walk(start, nothing, none, optimizer_state), unroll=unroll
         )
-        return base.finish(
-            threat,
-            inputs,
-            best,
-            num_forwards=1 + num_restarts * (num_steps + 1),
-            num_backwards=num_restarts * num_steps,
-            num_zero_gradients=num_zero,
+        last_loss, reached = _judge(estimator, model, keys, goal, walk.adv_inputs)
+        best = (
+            walk.best.update(walk.adv_inputs, last_loss, reached)
+            if keep == "best"
+            else base.Best(walk.adv_inputs, last_loss, reached)
+        )
+        return Found(
+            best.adv_inputs,
+            best.success,
+            best.loss,
+            none + num_steps * estimator.num_forwards + estimator.num_judging,
+            none + num_steps * estimator.num_backwards,
+            walk.num_zero_gradients,
         )
 
-    return attack_best if keep == "best" else attack_last
+    return Attack(
+        threat,
+        goal_of(loss),
+        run,
+        num_restarts=num_restarts,
+        keep=keep,
+        stop="never",
+        estimator=estimator,
+        draws=random_start,
+    )

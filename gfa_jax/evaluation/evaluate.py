@@ -284,8 +284,8 @@ class _Evaluation:
                     fields = {
                         name: value[:size]
                         for name, value in result._asdict().items()
-                        if name != "adv_inputs"
-                    }
+                        if name not in ("adv_inputs", "members")
+                    } | {f"members/{name}": value[:size] for name, value in result.members.items()}
                     record = {
                         "ids": batch["ids"][:size],
                         "labels": batch["labels"][:size],

@@ -84,18 +84,20 @@ class TestEvaluate:
     def test_each_gradient_is_that_of_its_own_loss(self):
         inputs = jnp.array([[0.5, 0.2], [0.9, 0.8], [0.1, 0.1]])
         labels = jnp.array([0, 1, 0])
-        result = base.evaluate(quadratic, losses.margin, inputs, labels)
+        result = base.evaluate(quadratic, base.untargeted(losses.margin, labels), inputs)
         # margin = (z_1 - z_0) or its negative.
         sign = jnp.array([[1.0], [-1.0], [1.0]])
         np.testing.assert_allclose(result.gradient, sign * (1 - 2 * inputs), atol=1e-6)
         np.testing.assert_allclose(result.loss, losses.margin(quadratic(inputs), labels), rtol=1e-6)
-        np.testing.assert_array_equal(result.misclassified, [True, False, True])
+        np.testing.assert_array_equal(result.reached, [True, False, True])
 
     def test_the_gradient_does_not_depend_on_the_batch_size(self):
         inputs = jnp.array([[0.5, 0.2], [0.9, 0.8]])
         labels = jnp.array([0, 1])
-        whole = base.evaluate(quadratic, losses.cross_entropy, inputs, labels)
-        alone = base.evaluate(quadratic, losses.cross_entropy, inputs[:1], labels[:1])
+        whole = base.evaluate(quadratic, base.untargeted(losses.cross_entropy, labels), inputs)
+        alone = base.evaluate(
+            quadratic, base.untargeted(losses.cross_entropy, labels[:1]), inputs[:1]
+        )
         np.testing.assert_allclose(alone.gradient, whole.gradient[:1], rtol=1e-6)
 
     def test_the_loss_is_float32_for_a_bfloat16_model(self):
@@ -104,24 +106,18 @@ class TestEvaluate:
         def narrow(inputs):
             return quadratic(inputs.astype(jnp.bfloat16))
 
-        result = base.evaluate(narrow, losses.margin, inputs, labels)
-        forward_loss, _ = base.evaluate_forward(narrow, losses.margin, inputs, labels)
-        assert result.loss.dtype == forward_loss.dtype == jnp.float32
+        result = base.evaluate(narrow, base.untargeted(losses.margin, labels), inputs)
+        assert result.loss.dtype == jnp.float32
         assert result.gradient.dtype == jnp.float32
-
-    def test_evaluate_forward_agrees(self):
-        inputs, labels = jnp.array([[0.5, 0.2], [0.9, 0.8]]), jnp.array([0, 0])
-        result = base.evaluate(quadratic, losses.dlr, inputs, labels)
-        loss, wrong = base.evaluate_forward(quadratic, losses.dlr, inputs, labels)
-        np.testing.assert_allclose(loss, result.loss, rtol=1e-6)
-        np.testing.assert_array_equal(wrong, result.misclassified)
 
     def test_gradients_that_are_not_finite_are_zero_and_do_not_spread(self):
         def rooted(inputs):
             return jnp.stack([jnp.sum(jnp.sqrt(inputs), axis=1), inputs[:, 0]], axis=1)
 
         inputs = jnp.array([[0.0, 0.25], [0.25, 0.25], [-1.0, 0.25]])
-        gradient = base.evaluate(rooted, losses.margin, inputs, jnp.zeros(3, jnp.int32)).gradient
+        gradient = base.evaluate(
+            rooted, base.untargeted(losses.margin, jnp.zeros(3, jnp.int32)), inputs
+        ).gradient
         np.testing.assert_allclose(gradient, [[0, -1], [0, -1], [0, -1]], atol=1e-6)
 
 
@@ -168,37 +164,6 @@ class TestBest:
         np.testing.assert_array_equal(updated.adv_inputs, [[10], [11], [2]])
         np.testing.assert_array_equal(updated.loss, [2, 0, 1])
         np.testing.assert_array_equal(updated.success, [False, True, True])
-
-
-class TestFinish:
-    def finish(self, inputs):
-        threat = ThreatModel("l2", 9.0, (0.0, 10.0))
-        best = base.Best(inputs + 3, jnp.array([1.0, 2.0]), jnp.array([True, False]))
-        no_zero = jnp.zeros(2, jnp.int32)
-        return base.finish(
-            threat, inputs, best, num_forwards=7, num_backwards=5, num_zero_gradients=no_zero
-        )
-
-    def test_failures_return_the_clean_input_at_distance_zero(self):
-        inputs = jnp.ones((2, 4))
-        result = self.finish(inputs)
-        np.testing.assert_array_equal(result.adv_inputs, [[4] * 4, [1] * 4])
-        np.testing.assert_allclose(result.distance, [6, 0])
-        np.testing.assert_array_equal(result.success, [True, False])
-        np.testing.assert_array_equal(result.loss, [1, 2])
-
-    def test_counts_are_those_of_each_example(self):
-        result = self.finish(jnp.ones((2, 4)))
-        for counts, expected in ((result.num_forwards, 7), (result.num_backwards, 5)):
-            np.testing.assert_array_equal(counts, [expected, expected])
-            assert counts.dtype == jnp.int32
-
-    def test_no_gradient_flows(self):
-        def total(inputs):
-            result = self.finish(inputs)
-            return jnp.sum(result.adv_inputs) + jnp.sum(result.distance) + jnp.sum(result.loss)
-
-        np.testing.assert_array_equal(jax.grad(total)(jnp.ones((2, 4))), np.zeros((2, 4)))
 
 
 @pytest.mark.parametrize(
