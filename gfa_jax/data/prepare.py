@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from gfa_jax import _validate
-from gfa_jax.data.sources import import_tfds, is_prepared
+from gfa_jax.data.tfds_source import import_tfds, is_prepared
 
 Record = dict[str, Any]
 """One example, by feature name, as tfds takes it; images as PIL images."""
