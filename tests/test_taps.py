@@ -271,24 +271,33 @@ def test_an_invalid_pattern_is_named():
         taps.tap_linen(Plain(), {}, layers="block(")
 
 
+class ScannedLayer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.relu(nn.Dense(4, name="dense")(x)), None
+
+
+class Scanned(nn.Module):
+    """A layer, then three in a scan that lifts `collections` beside the parameters."""
+
+    collections: tuple[str, ...] = ()
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(4, name="before")(x)
+        axes = dict.fromkeys(("params", *self.collections), 0)
+        scan = nn.scan(ScannedLayer, variable_axes=axes, split_rngs={"params": True}, length=3)
+        return scan(name="layers")(x, None)[0]
+
+
+def scanned(key, *collections):
+    model, inputs = Scanned(collections), jax.random.normal(key, (2, 4))
+    return model, {"params": model.init(key, inputs)["params"]}, inputs
+
+
 def test_a_layer_in_a_lifted_transform_that_hides_the_taps_is_refused(key):
-    class Layer(nn.Module):
-        @nn.compact
-        def __call__(self, x, _):
-            return nn.relu(nn.Dense(4, name="dense")(x)), None
-
-    class Scanned(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            x = nn.Dense(4, name="before")(x)
-            scan = nn.scan(
-                Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
-            )
-            return scan(name="layers")(x, None)[0]
-
-    inputs = jax.random.normal(key, (2, 4))
-    variables = {"params": Scanned().init(key, inputs)["params"]}
-    apply_fn = taps.tap_linen(Scanned(), variables, layers=["before", "layers/dense"])
+    model, variables, inputs = scanned(key)
+    apply_fn = taps.tap_linen(model, variables, layers=["before", "layers/dense"])
     with pytest.raises(
         ValueError, match="'layers/dense' cannot be tapped: it lies inside a lifted"
     ):
@@ -307,21 +316,8 @@ def test_the_input_of_a_layer_called_by_keyword(key):
 
 
 def test_a_scanned_layer_is_tapped_where_the_module_lifts_the_collections(key):
-    class Layer(nn.Module):
-        @nn.compact
-        def __call__(self, x, _):
-            return nn.relu(nn.Dense(4, name="dense")(x)), None
-
-    class Scanned(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            axes = {"params": 0, "gfa_features": 0, "gfa_taps": 0}
-            scan = nn.scan(Layer, variable_axes=axes, split_rngs={"params": True}, length=3)
-            return scan(name="layers")(x, None)[0]
-
-    inputs = jax.random.normal(key, (2, 4))
-    variables = {"params": Scanned().init(key, inputs)["params"]}
-    apply_fn = taps.tap_linen(Scanned(), variables, layers="layers/dense")
+    model, variables, inputs = scanned(key, "gfa_features", "gfa_taps")
+    apply_fn = taps.tap_linen(model, variables, layers="layers/dense")
     logits, features = apply_fn({}, inputs)
-    chex.assert_trees_all_equal(logits, Scanned().apply(variables, inputs))
+    chex.assert_trees_all_equal(logits, model.apply(variables, inputs))
     assert features["layers/dense"].shape == (3, 2, 4)
