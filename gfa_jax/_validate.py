@@ -48,6 +48,13 @@ def positive(**arguments: Any) -> None:
             raise ValueError(f"{argument}={value!r} must be a finite number > 0.")
 
 
+def fraction(**arguments: Any) -> None:
+    """Raises ValueError for a Python number outside [0, 1]."""
+    for argument, value in arguments.items():
+        if isinstance(value, str) or (_is_number(value) and not 0 <= value <= 1):
+            raise ValueError(f"{argument}={value!r} must be a number in [0, 1].")
+
+
 def positive_integer(**arguments: Any) -> None:
     """Raises ValueError unless every keyword argument is a Python integer >= 1."""
     for argument, value in arguments.items():

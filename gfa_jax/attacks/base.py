@@ -199,6 +199,11 @@ def classes_by_rank(logits: Array) -> Array:
     return jnp.argsort(-logits, axis=1, stable=True)
 
 
+def is_better(old_success: Array, old_score: Array, success: Array, score: Array) -> Array:
+    """Returns whether a point replaces another: success comes first, then the larger score."""
+    return (success & ~old_success) | ((success == old_success) & (score > old_score))
+
+
 class Best(NamedTuple):
     """The best point so far: points that reach the goal first, then the larger loss.
 
@@ -217,7 +222,7 @@ class Best(NamedTuple):
 
         A point of NaN loss never replaces another unless it reaches the goal.
         """
-        better = (reached & ~self.success) | ((reached == self.success) & (loss > self.loss))
+        better = is_better(self.success, self.loss, reached, loss)
         return Best(
             jnp.where(norms.expand(better, adv_inputs), adv_inputs, self.adv_inputs),
             jnp.where(better, loss, self.loss),

@@ -33,6 +33,8 @@ class Estimator(NamedTuple):
       num_backwards: gradients of one ``evaluate``.
       num_judging: passes of one ``logits``.
       needs_keys: whether it draws.
+      is_random: whether the model itself does, so that a success on the way may be luck.
+      needs_features: whether the model is an ``ApplyFn`` instead of a ``LogitsFn``.
     """
 
     logits: Callable[[Model, Array, Array | None], Array]
@@ -41,6 +43,8 @@ class Estimator(NamedTuple):
     num_backwards: int = 1
     num_judging: int = 1
     needs_keys: bool = False
+    is_random: bool = False
+    needs_features: bool = False
 
 
 def fold_in(keys: Array, index: int | Array) -> Array:
@@ -115,7 +119,13 @@ def expectation(num_samples: int = 20) -> Estimator:
         return _average(num_samples, sample, keys)
 
     return Estimator(
-        logits, evaluate, num_samples, num_samples, num_judging=num_samples, needs_keys=True
+        logits,
+        evaluate,
+        num_forwards=num_samples,
+        num_backwards=num_samples,
+        num_judging=num_samples,
+        needs_keys=True,
+        is_random=True,
     )
 
 

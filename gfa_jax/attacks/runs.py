@@ -187,13 +187,22 @@ class Attack:
 
         def make(index: int | Array, still: Problem, found: Found) -> Found:
             goal = self.goal(still, index)
-            new = self.run(logits_fn, self._keys(keys, index), still, goal, index)
+            run_keys = self._keys(keys, index)
+            new = self.run(logits_fn, run_keys, still, goal, index)
+            if self.estimator.is_random:
+                # On the way, success is that of single passes.
+                logits = self.estimator.logits(logits_fn, new.adv_inputs, run_keys)
+                new = new._replace(
+                    success=new.success & goal.reached(logits),
+                    num_forwards=new.num_forwards + self.estimator.num_judging,
+                )
             return self._merge(still, found, new)
 
         def attempt(index: Array, found: Found) -> Found:
             if self.stop == "never":
                 return make(index, problem, found)
-            still = problem._replace(active=problem.active & ~self._is_done(problem, found))
+            distance = self.threat.distance(problem.inputs, found.adv_inputs)
+            still = problem._replace(active=problem.active & ~self.is_done(found.success, distance))
             return jax.lax.cond(
                 still.active.any(), lambda: make(index, still, found), lambda: found
             )
@@ -236,21 +245,19 @@ class Attack:
     def _keys(self, keys: Array | None, index: int | Array) -> Array | None:
         return None if keys is None else fold_in(keys, index)
 
-    def _is_done(self, problem: Problem, found: Found) -> Array:
-        if self.stop == "success":
-            return found.success
-        distance = self.threat.distance(problem.inputs, found.adv_inputs)
-        return found.success & (distance <= self.threat.epsilon)
+    def is_done(self, success: Array, distance: Array) -> Array:
+        """Returns which examples later runs leave alone, bool ``[B]``; NumPy arrays stay NumPy."""
+        if self.stop == "never":
+            return success & ~success
+        return success if self.stop == "success" else success & (distance <= self.threat.epsilon)
 
     def _merge(self, problem: Problem, old: Found, new: Found) -> Found:
         """Returns the better of two finds for the active examples, and all counts."""
         if self.keep == "closest":
-            distances = (self.threat.distance(problem.inputs, f.adv_inputs) for f in (old, new))
-            old_distance, new_distance = distances
-            preferred = new_distance < old_distance
+            scores = [-self.threat.distance(problem.inputs, found[0]) for found in (old, new)]
         else:
-            preferred = new.loss > old.loss
-        better = (new.success & ~old.success) | ((new.success == old.success) & preferred)
+            scores = [old.loss, new.loss]
+        better = base.is_better(old.success, scores[0], new.success, scores[1])
         better &= problem.active
         count = problem.active.astype(jnp.int32)
         return Found(
@@ -341,6 +348,14 @@ def starting_point(
         assert keys is not None
         return threat.random_start(keys, problem.inputs)
     return problem.inputs
+
+
+def refuse_start(problem: Problem) -> None:
+    """Raises ValueError for a given start, in an attack that moves away from the clean input."""
+    if problem.start is not None:
+        raise ValueError(
+            "start was given to an attack that always starts at the clean input: use start=None."
+        )
 
 
 _CLEAN = 2**31 - 1

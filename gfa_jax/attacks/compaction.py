@@ -1,0 +1,169 @@
+"""Runs an attack on many examples from the host, dropping those that are done between its runs.
+
+Inside a compiled attack, an example that is broken costs as much as one that is not. Here each
+restart, each target class and each member of an ensemble is run on what is left, in batches of few
+sizes so that few programs are compiled. Every example has its own key, so that the results are
+those of the compiled attack, up to the rounding of other batch sizes.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gfa_jax import _validate
+from gfa_jax.attacks import base
+from gfa_jax.attacks.ensemble import Ensemble, merge, newly_broken, nothing_found
+from gfa_jax.attacks.runs import Attack
+from gfa_jax.types import Array, AttackResult
+
+ApplyLogits = Callable[[Any, Array], Array]
+"""``(variables, inputs [B, ...]) -> logits [B, C]``."""
+OnBatch = Callable[[str, int, int], None]
+"""``(what is running, examples done, examples to do)``, for progress."""
+
+
+def attack_in_batches(
+    attack: Attack | Ensemble,
+    apply: ApplyLogits,
+    variables: Any,
+    keys: Array,
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    *,
+    batch_size: int = 256,
+    targets: np.ndarray | None = None,
+    sharding: jax.sharding.Sharding | None = None,
+    on_batch: OnBatch | None = None,
+) -> AttackResult:
+    """Attacks any number of examples; broken ones are dropped between runs and members.
+
+    Args:
+      attack: from ``attacks.create``.
+      apply: the model as a function of its variables, which are arguments of the compiled program.
+      variables: any pytree.
+      keys: typed PRNG keys ``[N]``: ``attacks.example_keys`` of the positions in the data set.
+      inputs: float ``[N, ...]`` in the threat model's bounds.
+      labels: int ``[N]``.
+      batch_size: examples attacked at once; see ``bucket_sizes``.
+      targets: int ``[N]`` for a targeted attack.
+      sharding: how a batch is spread over devices.
+      on_batch: called after every batch.
+
+    Returns:
+      The result for all examples, in NumPy. The clean input is judged once a run, and so counted.
+
+    Raises:
+      ValueError: for sizes that do not fit.
+    """
+    size = len(inputs)
+    for name, values in (("labels", labels), ("keys", keys), ("targets", targets)):
+        if values is not None and values.shape != (size,):
+            raise ValueError(f"{name} has shape {values.shape}; expected {(size,)}.")
+    sizes = bucket_sizes(batch_size, 1 if sharding is None else sharding.num_devices)
+    inputs, labels = np.asarray(inputs), np.asarray(labels, np.int32)
+    examples = {"inputs": inputs, "labels": labels}
+    if targets is not None:
+        examples["targets"] = np.asarray(targets, np.int32)
+    shape = (sizes[-1], *inputs.shape[1:])
+    logits = jax.eval_shape(apply, variables, jax.ShapeDtypeStruct(shape, inputs.dtype))
+    num_classes = logits.shape[1]
+
+    def run_member(name: str, member: Attack, rest: np.ndarray) -> AttackResult:
+        found = _on_host(nothing_found(jnp.asarray(inputs)))
+        num_runs = member.num_runs(num_classes)
+        # Runs that all examples go through anyway need not be programs of their own.
+        runs = [None] if num_runs == 1 or member.stop == "never" else range(num_runs)
+        for run in runs:
+            done_before = member.is_done(found.success, found.distance) if run else ~rest
+            left = np.flatnonzero(rest & ~done_before)
+            text = name if run is None else f"{name} {run + 1}/{num_runs}"
+            done = 0
+            for chosen, active in _batches(left, sizes):
+                batch = {field: values[chosen] for field, values in examples.items()}
+                batch |= {"keys": keys[chosen], "active": active}
+                if sharding is not None:
+                    batch = jax.device_put(batch, sharding)
+                index = None if run is None else jnp.int32(run)
+                new = _attack_batch(member, apply, variables, batch, index)
+                _store(member, found, chosen, active, new)
+                done += int(active.sum())
+                if on_batch is not None:
+                    on_batch(text, done, len(left))
+        return found
+
+    if isinstance(attack, Attack):
+        return run_member("", attack, np.ones(size, bool))
+    result = _on_host(nothing_found(jnp.asarray(inputs)))
+    for name, member in attack.members.items():
+        rest = np.asarray(~result.success)
+        new = attack.judge(member, jnp.asarray(inputs), run_member(name, member, rest))
+        merged = merge(result, new, jnp.asarray(rest))
+        broken = newly_broken(merged, result.success)
+        result = _on_host(merged._replace(members={**result.members, name: broken}))
+    return result
+
+
+def bucket_sizes(batch_size: int, num_devices: int = 1) -> tuple[int, ...]:
+    """Returns the batch sizes that programs are compiled for, largest first.
+
+    They are ``batch_size``, a quarter and a sixteenth of it, rounded up to multiples of the number
+    of devices.
+
+    Raises:
+      ValueError: for a batch size that is not an integer >= 1.
+    """
+    _validate.positive_integer(batch_size=batch_size)
+    sizes = {-(-max(1, batch_size // factor) // num_devices) * num_devices for factor in (1, 4, 16)}
+    return tuple(sorted(sizes, reverse=True))
+
+
+def _batches(
+    indices: np.ndarray, sizes: tuple[int, ...]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields index arrays of one of the sizes, and which of their entries are not padding."""
+    while len(indices):
+        bucket = min((size for size in sizes if size >= len(indices)), default=sizes[0])
+        chosen, indices = indices[:bucket], indices[bucket:]
+        active = np.arange(bucket) < len(chosen)
+        yield np.concatenate([chosen, np.repeat(chosen[:1], bucket - len(chosen))]), active
+
+
+def _attack_batch_fn(
+    attack: Attack, apply: ApplyLogits, variables: Any, batch: dict[str, Any], run: Array | None
+) -> AttackResult:
+    return attack(
+        lambda inputs: apply(variables, inputs),
+        batch["keys"],
+        batch["inputs"],
+        batch["labels"],
+        targets=batch.get("targets"),
+        active=batch["active"],
+        run=run,
+    )
+
+
+_attack_batch = jax.jit(_attack_batch_fn, static_argnames=("attack", "apply"))
+
+
+def _store(
+    attack: Attack, found: AttackResult, chosen: np.ndarray, active: np.ndarray, new: AttackResult
+) -> None:
+    """Writes what a run found into the arrays of ``found``, where it is better."""
+    chosen, new = chosen[active], jax.tree.map(lambda leaf: np.asarray(leaf)[active], new)
+    old = jax.tree.map(lambda leaf: leaf[chosen], found)
+    scores = (-old.distance, -new.distance) if attack.keep == "closest" else (old.loss, new.loss)
+    better = base.is_better(old.success, scores[0], new.success, scores[1])
+    # The first run's clean loss replaces nothing at all.
+    better |= np.isneginf(old.loss)
+    for field in ("adv_inputs", "success", "distance", "loss"):
+        getattr(found, field)[chosen[better]] = getattr(new, field)[better]
+    for field in ("num_forwards", "num_backwards", "num_zero_gradients"):
+        getattr(found, field)[chosen] += getattr(new, field)
+
+
+def _on_host(result: AttackResult) -> AttackResult:
+    """Returns writable NumPy arrays."""
+    return jax.tree.map(np.array, result)
