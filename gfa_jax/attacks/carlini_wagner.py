@@ -127,8 +127,9 @@ def cw(
             )
             return _Walk(variable, here.loss, here.gradient, optimizer_state), iterate
 
-        # The first point is the same for all constants: judged and differentiated once.
-        adv_inputs, here = evaluate(variable)
+        # The first point is the same for all constants: differentiated once. Where it misleads the
+        # model already, the first step stays and is judged.
+        _, here = evaluate(variable)
         closest = constants.search(
             step,
             _Walk(variable, here.loss, here.gradient, optimizer.init(variable)),
@@ -139,11 +140,10 @@ def cw(
             initial_constant=initial_constant,
             abort_factor=None if abort == "none" else 0.9999,
         )
-        found = here.reached
         return Found(
-            jnp.where(norms.expand(found, adv_inputs), adv_inputs, closest.adv_inputs),
-            found | closest.success,
-            jnp.where(found, here.loss, closest.loss),
+            closest.adv_inputs,
+            closest.success,
+            closest.loss,
             1 + closest.num_steps,
             1 + closest.num_steps,
             base.is_zero(here.gradient) + closest.num_zero_gradients,
