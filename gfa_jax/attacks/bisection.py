@@ -32,7 +32,9 @@ def largest_float(predicate: Callable[[Array], Array], like: Array) -> Array:
         return jnp.where(jnp.isfinite(value) & predicate(value), tried, pattern)
 
     start = jnp.zeros_like(like, unsigned)
-    return as_float(jax.lax.fori_loop(0, bits - 1, set_bit, start))
+    found = as_float(jax.lax.fori_loop(0, bits - 1, set_bit, start))
+    # XLA takes numbers below the smallest normal one for zero, NumPy does not.
+    return jnp.where(found < jnp.finfo(like.dtype).tiny, 0, found)
 
 
 def order_statistic(values: Array, ranks: Array) -> Array:

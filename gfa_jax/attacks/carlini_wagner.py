@@ -55,7 +55,7 @@ def cw(
     the last included. The official code takes 10,000 steps; 1,000 come close to it.
 
     Args:
-      threat: gives the box; its norm must be ``l2``.
+      threat: gives the box, and the norm of ``distance``; what is minimised is l_2 all the same.
       num_steps: of each search.
       learning_rate: Adam's.
       num_searches: constants tried.
@@ -69,13 +69,9 @@ def cw(
       1 + num_searches num_steps backwards; fewer with ``abort="example"``.
 
     Raises:
-      ValueError: for another norm than ``l2`` and for options out of range; the message names them.
+      ValueError: for options out of range; the message names them.
         When called: for ``start``.
     """
-    if threat.norm != "l2":
-        raise ValueError(
-            f"threat.norm={threat.norm!r}, but this attack looks for small perturbations in 'l2'."
-        )
     _validate.one_of(constants.ABORT, abort=abort)
     _validate.positive_integer(num_steps=num_steps, num_searches=num_searches)
     _validate.positive(learning_rate=learning_rate, initial_constant=initial_constant)

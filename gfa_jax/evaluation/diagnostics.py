@@ -51,6 +51,24 @@ def _paired_excess(
     return excess, max(MIN_TOLERANCE, 2 * error)
 
 
+_ITERATIVE = ("pgd", "pgd-margin", "pgd-dlr", "apgd-ce", "apgd-dlr", "apgd-t")
+
+
+def _black_box_gain(robust: Mapping[str, np.ndarray]) -> tuple[float | None, float]:
+    """Returns the share of examples that Square alone breaks, and what is tolerated.
+
+    AutoAttack warns from 0.2 %; one example is tolerated.
+    """
+    named = [(attack.split(":")[0], value) for attack, value in robust.items()]
+    gradient = [value for name, value in named if name in _ITERATIVE]
+    square = [value for name, value in named if name == "square"]
+    if not gradient or not square:
+        return None, 0.002
+    left = np.logical_and.reduce(gradient)
+    alone = left & ~np.logical_and.reduce(square)
+    return float(np.mean(alone)), max(0.002, 1 / len(left))
+
+
 def diagnose(
     robust: Mapping[str, np.ndarray],
     *,
@@ -59,11 +77,11 @@ def diagnose(
     box: float,
     zero_gradient_share: float,
 ) -> list[Diagnostic]:
-    """Returns the diagnostics that FGSM and PGD allow.
+    """Returns the diagnostics that the attacks allow.
 
     Args:
-      robust: for each attack, bool ``[N]``: which examples stayed right. ``fgsm``, ``pgd``,
-        ``pgd-margin`` and ``pgd-dlr`` (options after a colon are allowed) are compared.
+      robust: for each attack, bool ``[N]``: which examples stayed right. FGSM, PGD and Auto-PGD
+        with its losses, and Square (options after a colon are allowed) are compared.
       curve: ``(epsilon, accuracy)`` of one strong attack, epsilon rising.
       curve_examples: examples behind the curve.
       box: the epsilon at which the ball holds the whole box.
@@ -74,10 +92,9 @@ def diagnose(
         matching = [value for attack, value in robust.items() if attack.split(":")[0] in names]
         return min(matching, key=np.mean) if matching else None
 
-    cross_entropy, margin = strongest("pgd"), strongest("pgd-margin", "pgd-dlr")
-    gap, gap_allowance = _paired_excess(
-        strongest("pgd", "pgd-margin", "pgd-dlr"), strongest("fgsm")
-    )
+    cross_entropy = strongest("pgd", "apgd-ce")
+    margin = strongest("pgd-margin", "pgd-dlr", "apgd-dlr", "apgd-t")
+    gap, gap_allowance = _paired_excess(strongest(*_ITERATIVE), strongest("fgsm"))
     loss_gap, loss_gap_allowance = _paired_excess(cross_entropy, margin)
     rises = [after - before for (_, before), (_, after) in itertools.pairwise(curve)]
     rise = max(rises) if rises else None
@@ -105,6 +122,12 @@ def diagnose(
             "or the attack is too weak.",
         ),
         _diagnostic(
+            "D5",
+            *_black_box_gain(robust),
+            "Square, which uses no gradients, breaks examples that no gradient attack breaks: "
+            "gradients are masked or the gradient attacks too weak.",
+        ),
+        _diagnostic(
             "D10",
             loss_gap,
             loss_gap_allowance,
@@ -121,7 +144,7 @@ def diagnose(
     ]
 
 
-INVALIDATING = frozenset({"D1", "D3", "D4"})
+INVALIDATING = frozenset({"D1", "D3", "D4", "D5"})
 """Diagnostics whose failure makes the robust accuracy an upper bound only."""
 
 

@@ -17,11 +17,12 @@ import gfa_jax
 from gfa_jax import _validate, attacks, cli, data, files, norms
 from gfa_jax import config as config_lib
 from gfa_jax.attacks.base import is_misclassified
+from gfa_jax.attacks.estimators import Estimator
 from gfa_jax.evaluation import diagnostics, geometry, loading, records, report
 from gfa_jax.threat import ThreatModel
 from gfa_jax.training import loop, step
 from gfa_jax.training.progress import Progress
-from gfa_jax.types import Array, AttackFn, AttackResult, Batch
+from gfa_jax.types import Array, Batch, Features, Taps
 
 CURVE_ATTACK = "pgd-margin"
 CURVE_STEPS = 20
@@ -29,6 +30,7 @@ CURVE_FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 LENGTHS = tuple(np.linspace(-0.5, 0.5, 21).round(3).tolist())
 _CURVE_EXAMPLES = 500
 _SHOWN_EXAMPLES = 8
+_MEMBERS = "members/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,7 @@ class EvalFlags:
 
     workdir: str
     """Folder of the run, as given to train.py."""
-    attacks: str = "fgsm,pgd,pgd-margin"
+    attacks: str = "fgsm,pgd,pgd-margin,apgd-ce,apgd-dlr,square:num_queries=1000"
     """Comma-separated attacks; options after colons: pgd-margin:num_steps=100:num_restarts=5."""
     norm: str | None = None
     """linf, l2 or l1; by default that of the run's threat model."""
@@ -78,13 +80,18 @@ def parse_attack(spec: str) -> tuple[str, dict[str, Any]]:
 
 
 def _parse_value(spec: str, option: str, default: object, text: str) -> Any:
-    """Parses an option's text as the kind of its default; ``None`` stands for a number."""
-    if isinstance(default, str):
+    """Parses an option's text as the kind of its default.
+
+    ``None`` stands for a number, and a tuple for names joined by ``+``.
+    """
+    if isinstance(default, Estimator):
+        raise ValueError(f"attacks={spec!r}: {option} cannot be given as text.")
+    if isinstance(default, str | tuple):
         return text
     try:
         if isinstance(default, bool):
             return {"true": True, "false": False}[text.lower()]
-        if isinstance(default, int):
+        if isinstance(default, int) or (default is None and text.isdecimal()):
             return int(text)
         return cli.parse_number(text)
     except (KeyError, ValueError) as error:
@@ -139,6 +146,11 @@ def evaluate(flags: EvalFlags) -> dict[str, Any]:
     built = {
         spec: attacks.create(name, threat, **options) for spec, (name, options) in parsed.items()
     }
+    for spec, attack in built.items():
+        if any(member.estimator.is_random for member in attack.parts().values()):
+            raise ValueError(
+                f"attacks={spec!r} attacks randomised models, which runs of train.py are not."
+            )
     out = pathlib.Path(flags.out) if flags.out else workdir / "eval"
     num_devices = jax.device_count()
     batch_size = -(-min(flags.batch_size, len(run.test_set)) // num_devices) * num_devices
@@ -191,12 +203,29 @@ class _Evaluation:
         self.key = jax.device_put(jax.random.key(seed), step.replicated(run.mesh))
         self.box = _box_radius(threat, run.recipe.image_shape)
 
-    def run(self, built: Mapping[str, AttackFn]) -> dict[str, Any]:
+        # One function each for all chunks: compiled programs are kept by it.
+        def apply_features(variables: Any, taps: Taps, inputs: Array) -> tuple[Array, Features]:
+            params, model_state = variables
+            return run.apply(params, model_state, taps, inputs)
+
+        def apply_logits(variables: Any, inputs: Array) -> Array:
+            return apply_features(variables, {}, inputs)[0]
+
+        self._apply_features, self._apply_logits = apply_features, apply_logits
+
+    def run(self, built: Mapping[str, attacks.Attack | attacks.Ensemble]) -> dict[str, Any]:
         """Returns the results, with the shown examples under ``examples``."""
         started = time.monotonic()
         outcomes = {spec: self._attack(spec, attack) for spec, attack in built.items()}
         clean_correct = self._clean_correct()
-        robust = {spec: clean_correct & ~outcome["success"] for spec, outcome in outcomes.items()}
+        # Minimum-norm attacks succeed at any distance.
+        closest = [spec for spec, attack in built.items() if attack.keep == "closest"]
+        broken = {
+            spec: outcome["success"]
+            & ((outcome["distance"] <= self.threat.epsilon) | (spec not in closest))
+            for spec, outcome in outcomes.items()
+        }
+        robust = {spec: clean_correct & ~value for spec, value in broken.items()}
         worst = functools.reduce(np.logical_and, robust.values())
         curve = self._curve()
         zero, total = (
@@ -208,7 +237,18 @@ class _Evaluation:
         return {
             "clean_accuracy": float(clean_correct.mean()),
             "robust_accuracy": {**robust_accuracy, "worst_case": float(worst.mean())},
-            "minimum_norm": {},
+            "minimum_norm": {
+                spec: _minimum_norm(outcomes[spec], clean_correct) for spec in closest
+            },
+            "members": {
+                spec: {
+                    name.removeprefix(_MEMBERS): int(value.sum())
+                    for name, value in outcome.items()
+                    if name.startswith(_MEMBERS)
+                }
+                for spec, outcome in outcomes.items()
+                if isinstance(built[spec], attacks.Ensemble)
+            },
             "diagnostics": diagnostics.diagnose(
                 robust,
                 curve=[(point["epsilon"], point["accuracy"]) for point in curve],
@@ -259,15 +299,12 @@ class _Evaluation:
     def _put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
         return jax.device_put(dict(batch), step.split(self.run_.mesh))
 
-    def _attack(self, spec: str, attack: AttackFn) -> dict[str, np.ndarray]:
+    def _attack(
+        self, spec: str, attack: attacks.Attack | attacks.Ensemble
+    ) -> dict[str, np.ndarray]:
         """Returns the per-example results of one attack, from the records where they are there."""
-
-        @jax.jit
-        def attack_batch(params: Any, model_state: Any, batch: Batch, key: Array) -> AttackResult:
-            keys = attacks.example_keys(key, batch["ids"])
-            logits_fn = lambda inputs: self.run_.apply(params, model_state, {}, inputs)[0]  # noqa: E731
-            return attack(logits_fn, keys, data.to_float(batch["inputs"]), batch["labels"])
-
+        variables = (self.run_.params, self.run_.model_state)
+        needs_features = any(part.estimator.needs_features for part in attack.parts().values())
         chunks = self._batches()
         progress = Progress(spec, len(chunks))
         parts = []
@@ -275,17 +312,22 @@ class _Evaluation:
             for number, (first, last, batch) in enumerate(chunks, start=1):
                 record = self.kept.load(spec, first, last)
                 if record is None:
-                    result = jax.device_get(
-                        attack_batch(
-                            self.run_.params, self.run_.model_state, self._put(batch), self.key
-                        )
-                    )
                     size = last - first + 1
+                    result = attacks.attack_in_batches(
+                        attack,
+                        self._apply_features if needs_features else self._apply_logits,
+                        variables,
+                        attacks.example_keys(self.key, jnp.asarray(batch["ids"][:size])),
+                        np.asarray(data.to_float(batch["inputs"][:size])),
+                        batch["labels"][:size],
+                        batch_size=self.batch_size,
+                        sharding=step.split(self.run_.mesh),
+                    )
                     fields = {
-                        name: value[:size]
+                        name: value
                         for name, value in result._asdict().items()
                         if name not in ("adv_inputs", "members")
-                    } | {f"members/{name}": value[:size] for name, value in result.members.items()}
+                    } | {f"{_MEMBERS}{name}": value for name, value in result.members.items()}
                     record = {
                         "ids": batch["ids"][:size],
                         "labels": batch["labels"][:size],
@@ -357,20 +399,21 @@ class _Evaluation:
         return points
 
     def _geometry(
-        self, built: Mapping[str, AttackFn]
+        self, built: Mapping[str, attacks.Attack | attacks.Ensemble]
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Returns what the geometry of the first batch is, and a few of its examples to show.
 
         The geometry is alignment, radial degree, tangential shares and direction curves.
         """
         run = self.run_
-        strongest = next((spec for spec in built if spec.startswith("pgd-margin")), list(built)[-1])
+        shown_spec = next((spec for spec in built if spec.startswith("pgd-margin")), "pgd-margin")
+        shown_attack = built.get(shown_spec) or attacks.create("pgd-margin", self.threat)
 
         @jax.jit
         def measure(params: Any, model_state: Any, batch: Batch, key: Array) -> dict[str, Any]:
             inputs, labels = data.to_float(batch["inputs"]), batch["labels"]
             apply_fn = functools.partial(run.apply, params, model_state)
-            result = built[strongest](
+            result = shown_attack(
                 lambda x: apply_fn({}, x)[0],
                 attacks.example_keys(key, batch["ids"]),
                 inputs,
@@ -411,7 +454,7 @@ class _Evaluation:
             )
         }
         results = {
-            "geometry": {"num_examples": int(mask.sum()), "attack": strongest},
+            "geometry": {"num_examples": int(mask.sum()), "attack": shown_spec},
             "layers": layers,
             "directions": {
                 "layer": run.recipe.layers[0],
@@ -428,6 +471,20 @@ class _Evaluation:
             "labels": batch["labels"][shown]
         }
         return results, examples
+
+
+def _minimum_norm(outcome: Mapping[str, np.ndarray], clean_correct: np.ndarray) -> dict[str, Any]:
+    """Returns what a minimum-norm attack found for the inputs that are right without it.
+
+    The median counts failures as infinite, and is ``None`` where it is.
+    """
+    success, distance = outcome["success"][clean_correct], outcome["distance"][clean_correct]
+    median = float(np.median(np.where(success, distance, np.inf))) if success.size else np.inf
+    return {
+        "success_rate": float(success.mean()) if success.size else None,
+        "median": median if np.isfinite(median) else None,
+        "mean_of_successes": float(distance[success].mean()) if success.any() else None,
+    }
 
 
 def _median(values: np.ndarray) -> float | None:

@@ -171,17 +171,22 @@ class TestProperties(minimum_norm.Properties):
 
 class TestOptions:
     @pytest.mark.parametrize(
-        ("norm", "options", "message"),
+        ("options", "message"),
         [
-            ("linf", {}, "threat.norm='linf', but this attack looks for .* in 'l2'"),
-            ("l2", {"abort": "batch"}, r"abort='batch' is not one of \['example', 'none'\]"),
-            ("l2", {"num_steps": 0}, "num_steps=0 must be an integer >= 1"),
-            ("l2", {"num_searches": 0}, "num_searches=0 must be an integer >= 1"),
-            ("l2", {"learning_rate": -1.0}, r"learning_rate=-1\.0 must be a finite number > 0"),
-            ("l2", {"initial_constant": 0}, "initial_constant=0 must be a finite number > 0"),
-            ("l2", {"confidence": -1}, "confidence=-1 must be a finite number >= 0"),
+            ({"abort": "batch"}, r"abort='batch' is not one of \['example', 'none'\]"),
+            ({"num_steps": 0}, "num_steps=0 must be an integer >= 1"),
+            ({"num_searches": 0}, "num_searches=0 must be an integer >= 1"),
+            ({"learning_rate": -1.0}, r"learning_rate=-1\.0 must be a finite number > 0"),
+            ({"initial_constant": 0}, "initial_constant=0 must be a finite number > 0"),
+            ({"confidence": -1}, "confidence=-1 must be a finite number >= 0"),
         ],
     )
-    def test_bad_options_are_named_with_their_value(self, norm, options, message):
+    def test_bad_options_are_named_with_their_value(self, options, message):
         with pytest.raises(ValueError, match=message):
-            cw(ThreatModel(norm), **options)
+            cw(ThreatModel(), **options)
+
+    def test_the_threat_gives_the_norm_that_is_reported_alone(self):
+        in_l2, in_linf = (run(cw, norm, **QUICK) for norm in ("l2", "linf"))
+        np.testing.assert_array_equal(in_linf.adv_inputs, in_l2.adv_inputs)
+        moved = np.abs(np.asarray(in_linf.adv_inputs) - toy.INPUTS).max(axis=1)
+        np.testing.assert_allclose(in_linf.distance, moved, rtol=1e-5)
