@@ -64,6 +64,9 @@ def feature_tangential_estimator(layers: Sequence[str] = (), mix: float = 0.0) -
       layers: tap names; all taps of the model by default.
       mix: as in ``tangential_estimator``.
 
+    Returns:
+      The estimator. It counts two gradients, whatever the number of layers.
+
     Raises:
       ValueError: for a mix outside [0, 1]; at the call, for a tap that the model does not have.
     """
@@ -258,16 +261,20 @@ def pgd_features(
         towards = 1 if guides is None else -1
         step = 2.5 * threat.epsilon / num_feature_steps
 
-        def body(_: Array, points: Array) -> Array:
+        def body(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            points, num_zero = carry
             gradient = towards * base.finite(jax.grad(distance)(points))
-            return threat.project(inputs, points + step * threat.steepest_step(points, gradient))
+            moved = points + step * threat.steepest_step(points, gradient)
+            return threat.project(inputs, moved), num_zero + base.is_zero(gradient)
 
         start = starting_point(threat, keys, problem, random_start=True)
-        start = jax.lax.fori_loop(0, num_feature_steps, body, start)
+        none = jnp.zeros(inputs.shape[0], jnp.int32)
+        start, num_zero = jax.lax.fori_loop(0, num_feature_steps, body, (start, none))
         found = steered.run(model, keys, problem._replace(start=start), goal, index)
         return found._replace(
             num_forwards=found.num_forwards + num_feature_steps + 1,
             num_backwards=found.num_backwards + num_feature_steps,
+            num_zero_gradients=found.num_zero_gradients + num_zero,
         )
 
     return dataclasses.replace(steered, run=run)

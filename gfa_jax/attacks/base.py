@@ -33,7 +33,9 @@ def example_keys(key: Array, indices: Array) -> Array:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, indices)
 
 
-def check_inputs(threat: ThreatModel, inputs: Array, labels: Array) -> None:
+def check_inputs(
+    threat: ThreatModel, inputs: Array | np.ndarray, labels: Array | np.ndarray
+) -> None:
     """Refuses what an attack cannot work on, before it is traced.
 
     Values are checked where they are known, outside of ``jax.jit``; shapes and dtypes always.
@@ -62,6 +64,14 @@ def check_inputs(threat: ThreatModel, inputs: Array, labels: Array) -> None:
         lowest = np.asarray(labels).min()
         if lowest < 0:
             raise ValueError(f"labels hold {lowest}; classes are counted from 0.")
+
+
+def check_classes(labels: Array | np.ndarray, num_classes: int, name: str = "labels") -> None:
+    """Raises ValueError for known labels beyond the number of classes."""
+    if not isinstance(labels, jax.core.Tracer) and labels.size:
+        highest = np.asarray(labels).max()
+        if highest >= num_classes:
+            raise ValueError(f"{name} hold {highest}, but the logits have {num_classes} classes.")
 
 
 class Goal(NamedTuple):
@@ -180,12 +190,7 @@ def is_misclassified(logits: Array, labels: Array) -> Array:
     Raises:
       ValueError: for known labels beyond the number of classes.
     """
-    if not isinstance(labels, jax.core.Tracer) and labels.size:
-        highest = np.asarray(labels).max()
-        if highest >= logits.shape[1]:
-            raise ValueError(
-                f"labels hold {highest}, but the logits have {logits.shape[1]} classes."
-            )
+    check_classes(labels, logits.shape[1])
     return (jnp.argmax(logits, axis=1) != labels) | jnp.any(jnp.isnan(logits), axis=1)
 
 

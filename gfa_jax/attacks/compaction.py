@@ -6,6 +6,7 @@ sizes so that few programs are compiled. Every example has its own key, so that 
 those of the compiled attack, up to the rounding of other batch sizes.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,15 +20,16 @@ from gfa_jax.attacks.ensemble import Ensemble, merge, newly_broken, nothing_foun
 from gfa_jax.attacks.runs import Attack
 from gfa_jax.types import Array, AttackResult
 
-ApplyLogits = Callable[[Any, Array], Array]
-"""``(variables, inputs [B, ...]) -> logits [B, C]``."""
+ApplyVariables = Callable[..., Any]
+"""``(variables, inputs [B, ...]) -> logits [B, C]``; for an attack that calls its model with more
+than the inputs (``estimators``), with that."""
 OnBatch = Callable[[str, int, int], None]
 """``(what is running, examples done, examples to do)``, for progress."""
 
 
 def attack_in_batches(
     attack: Attack | Ensemble,
-    apply: ApplyLogits,
+    apply: ApplyVariables,
     variables: Any,
     keys: Array,
     inputs: np.ndarray,
@@ -49,37 +51,48 @@ def attack_in_batches(
       labels: int ``[N]``.
       batch_size: examples attacked at once; see ``bucket_sizes``.
       targets: int ``[N]`` for a targeted attack.
-      sharding: how a batch is spread over devices.
+      sharding: how a batch is spread over devices; the variables must be there already.
       on_batch: called after every batch.
 
     Returns:
       The result for all examples, in NumPy. The clean input is judged once a run, and so counted.
 
     Raises:
-      ValueError: for sizes that do not fit.
+      ValueError: for inputs, labels or targets that an attack cannot work on, or sizes that do not
+        fit.
     """
+    base.check_inputs(attack.threat, inputs, labels)
     size = len(inputs)
-    for name, values in (("labels", labels), ("keys", keys), ("targets", targets)):
+    for name, values in (("keys", keys), ("targets", targets)):
         if values is not None and values.shape != (size,):
             raise ValueError(f"{name} has shape {values.shape}; expected {(size,)}.")
     sizes = bucket_sizes(batch_size, 1 if sharding is None else sharding.num_devices)
-    inputs, labels = np.asarray(inputs), np.asarray(labels, np.int32)
-    examples = {"inputs": inputs, "labels": labels}
+    inputs = np.asarray(inputs, jax.dtypes.canonicalize_dtype(inputs.dtype))
+    examples = {"inputs": inputs, "labels": np.asarray(labels, np.int32)}
     if targets is not None:
         examples["targets"] = np.asarray(targets, np.int32)
-    shape = (sizes[-1], *inputs.shape[1:])
-    logits = jax.eval_shape(apply, variables, jax.ShapeDtypeStruct(shape, inputs.dtype))
-    num_classes = logits.shape[1]
 
-    def run_member(name: str, member: Attack, rest: np.ndarray) -> AttackResult:
-        found = _on_host(nothing_found(jnp.asarray(inputs)))
-        num_runs = member.num_runs(num_classes)
+    def count_classes(member: Attack) -> int:
+        def logits(variables: Any, inputs: Array, keys: Array) -> Array:
+            return member.estimator.logits(functools.partial(apply, variables), inputs, keys)
+
+        some_inputs = jax.ShapeDtypeStruct((sizes[-1], *inputs.shape[1:]), inputs.dtype)
+        some_keys = jax.ShapeDtypeStruct((sizes[-1],), keys.dtype)
+        num_classes = jax.eval_shape(logits, variables, some_inputs, some_keys).shape[1]
+        for name in set(examples) - {"inputs"}:
+            base.check_classes(examples[name], num_classes, name)
+        return num_classes
+
+    def run_member(name: str, member: Attack, rest: Array) -> AttackResult:
+        # Copies, to be written to.
+        found = jax.tree.map(np.array, nothing_found(inputs))
+        num_runs = member.num_runs(count_classes(member))
         # Runs that all examples go through anyway need not be programs of their own.
         runs = [None] if num_runs == 1 or member.stop == "never" else range(num_runs)
         for run in runs:
             done_before = member.is_done(found.success, found.distance) if run else ~rest
             left = np.flatnonzero(rest & ~done_before)
-            text = name if run is None else f"{name} {run + 1}/{num_runs}"
+            text = name if run is None else f"{name} {run + 1}/{num_runs}".strip()
             done = 0
             for chosen, active in _batches(left, sizes):
                 batch = {field: values[chosen] for field, values in examples.items()}
@@ -95,14 +108,14 @@ def attack_in_batches(
         return found
 
     if isinstance(attack, Attack):
-        return run_member("", attack, np.ones(size, bool))
-    result = _on_host(nothing_found(jnp.asarray(inputs)))
+        return run_member("", attack, ~nothing_found(inputs).success)
+    result = nothing_found(inputs)
     for name, member in attack.members.items():
-        rest = np.asarray(~result.success)
-        new = attack.judge(member, jnp.asarray(inputs), run_member(name, member, rest))
-        merged = merge(result, new, jnp.asarray(rest))
+        rest = ~result.success
+        new = attack.judge(member, inputs, run_member(name, member, rest))
+        merged = merge(result, new, rest)
         broken = newly_broken(merged, result.success)
-        result = _on_host(merged._replace(members={**result.members, name: broken}))
+        result = merged._replace(members={**result.members, name: broken})
     return result
 
 
@@ -132,10 +145,10 @@ def _batches(
 
 
 def _attack_batch_fn(
-    attack: Attack, apply: ApplyLogits, variables: Any, batch: dict[str, Any], run: Array | None
+    attack: Attack, apply: ApplyVariables, variables: Any, batch: dict[str, Any], run: Array | None
 ) -> AttackResult:
     return attack(
-        lambda inputs: apply(variables, inputs),
+        functools.partial(apply, variables),
         batch["keys"],
         batch["inputs"],
         batch["labels"],
@@ -162,8 +175,3 @@ def _store(
         getattr(found, field)[chosen[better]] = getattr(new, field)[better]
     for field in ("num_forwards", "num_backwards", "num_zero_gradients"):
         getattr(found, field)[chosen] += getattr(new, field)
-
-
-def _on_host(result: AttackResult) -> AttackResult:
-    """Returns writable NumPy arrays."""
-    return jax.tree.map(np.array, result)

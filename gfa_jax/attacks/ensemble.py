@@ -6,11 +6,14 @@ Croce & Hein 2020, arXiv 2003.01208, section 5; versions and settings as in the 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gfa_jax import _validate, norms
+from gfa_jax.attacks import base
 from gfa_jax.attacks.apgd import apgd, apgd_targeted
 from gfa_jax.attacks.estimators import EXACT, Model, expectation
 from gfa_jax.attacks.fab import fab, fab_targeted
@@ -39,6 +42,15 @@ class Ensemble:
     threat: ThreatModel
     members: Mapping[str, Attack]
 
+    @property
+    def keep(self) -> str:
+        """Returns what the result holds, as ``Attack.keep``."""
+        return "best"
+
+    def parts(self) -> Mapping[str, Attack]:
+        """Returns the members by name."""
+        return self.members
+
     def __call__(
         self,
         logits_fn: Model,
@@ -55,7 +67,11 @@ class Ensemble:
         Returns:
           ``members`` tells which member broke each example; ``loss`` is that member's, or the last
           one's where all failed.
+
+        Raises:
+          ValueError: for arguments that do not fit; see ``Attack``.
         """
+        base.check_inputs(self.threat, inputs, labels)
         inputs, labels = jnp.asarray(inputs), jnp.asarray(labels)
         asked = jnp.ones(labels.shape, bool) if active is None else jnp.asarray(active)
         result = nothing_found(inputs)
@@ -86,7 +102,9 @@ class Ensemble:
         new = member(logits_fn, keys, inputs, labels, targets=targets, start=start, active=left)
         return merge(result, self.judge(member, inputs, new), left)
 
-    def judge(self, member: Attack, inputs: Array, result: AttackResult) -> AttackResult:
+    def judge(
+        self, member: Attack, inputs: Array | np.ndarray, result: AttackResult
+    ) -> AttackResult:
         """Turns successes of a minimum-norm member beyond epsilon into failures.
 
         The members are not kept, so that results of all attacks have one structure.
@@ -94,19 +112,26 @@ class Ensemble:
         result = result._replace(members={})
         if member.keep != "closest":
             return result
+        xp = _numpy_of(inputs)
         near = result.success & (result.distance <= self.threat.epsilon)
         return result._replace(
-            adv_inputs=jnp.where(norms.expand(near, inputs), result.adv_inputs, inputs),
+            adv_inputs=xp.where(norms.expand(near, result.adv_inputs), result.adv_inputs, inputs),
             success=near,
-            distance=jnp.where(near, result.distance, 0),
+            distance=xp.where(near, result.distance, 0),
         )
 
 
-def nothing_found(inputs: Array) -> AttackResult:
-    """Returns the result before any attack: clean inputs at no count."""
-    none = jnp.zeros(inputs.shape[0], jnp.int32)
-    loss = jnp.full(inputs.shape[0], -jnp.inf, jnp.float32)
-    distance = jnp.zeros(inputs.shape[0], jnp.float32)
+def _numpy_of(values: Array | np.ndarray) -> Any:
+    """Returns ``jax.numpy``, or NumPy for its arrays: what is on the host stays there."""
+    return values.__array_namespace__()
+
+
+def nothing_found(inputs: Any) -> AttackResult:
+    """Returns the result before any attack: clean inputs at no count, in NumPy if they are."""
+    xp, size = _numpy_of(inputs), inputs.shape[0]
+    none = xp.zeros(size, xp.int32)
+    loss = xp.full(size, -xp.inf, xp.float32)
+    distance = xp.zeros(size, xp.float32)
     return AttackResult(inputs, none > 0, distance, loss, none, none, none, members={})
 
 
@@ -119,7 +144,8 @@ def merge(old: AttackResult, new: AttackResult, attacked: Array) -> AttackResult
     """Returns ``new`` where ``attacked [B]``, ``old`` elsewhere; counts are added up."""
 
     def choose(new_field: Array, old_field: Array) -> Array:
-        return jnp.where(norms.expand(attacked, new_field), new_field, old_field)
+        expanded = norms.expand(attacked, new_field)
+        return _numpy_of(new_field).where(expanded, new_field, old_field)
 
     return AttackResult(
         adv_inputs=choose(new.adv_inputs, old.adv_inputs),

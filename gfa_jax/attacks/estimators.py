@@ -47,6 +47,10 @@ class Estimator(NamedTuple):
     needs_features: bool = False
 
 
+_JUDGING = 2**31 - 1
+"""The key index of the passes that judge a point, which no sample of a gradient uses."""
+
+
 def fold_in(keys: Array, index: int | Array) -> Array:
     """Returns new keys ``[B]`` for one and the same index."""
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
@@ -101,6 +105,8 @@ def expectation(num_samples: int = 20) -> Estimator:
 
     def logits(model: Model, inputs: Array, keys: Array | None) -> Array:
         assert keys is not None
+        # Not the draws of a gradient that was given the same keys.
+        keys = fold_in(keys, _JUDGING)
 
         def add(index: Array, total: Array) -> Array:
             return total + model(inputs, fold_in(keys, index))

@@ -135,6 +135,10 @@ class Attack:
     estimator: Estimator = EXACT
     draws: bool = True
 
+    def parts(self) -> dict[str, "Attack"]:
+        """Returns the attack itself, as an ensemble returns its members."""
+        return {"": self}
+
     def num_runs(self, num_classes: int) -> int:
         """Returns how many runs there are for a model of so many classes."""
         if self.num_targets is None:
@@ -173,11 +177,12 @@ class Attack:
         # Known arrays may be NumPy's, which cannot be indexed by what is traced.
         inputs, labels = jnp.asarray(inputs), jnp.asarray(labels)
         problem = self._problem(logits_fn, keys, inputs, labels, targets, start, active)
+        # The first run's, whatever is to run: its loss at the clean input is one for all runs.
+        goal = self.goal(problem, 0)
         if self.keep == "last":
-            goal = self.goal(problem, 0)
             found = self.run(logits_fn, self._keys(keys, 0), problem, goal, 0)
-            return self._finish(problem, found)
-        goal = self.goal(problem, 0 if run is None else run)
+            looks = self.estimator.num_judging * self._needs_clean_logits
+            return self._finish(problem, found._replace(num_forwards=found.num_forwards + looks))
         reached = goal.reached(problem.clean_logits)
         asked = problem.active
         loss = goal.loss(problem.clean_logits).astype(jnp.float32)
@@ -201,7 +206,7 @@ class Attack:
         def attempt(index: Array, found: Found) -> Found:
             if self.stop == "never":
                 return make(index, problem, found)
-            distance = self.threat.distance(problem.inputs, found.adv_inputs)
+            distance = self._distance(problem.inputs, found.adv_inputs)
             still = problem._replace(active=problem.active & ~self.is_done(found.success, distance))
             return jax.lax.cond(
                 still.active.any(), lambda: make(index, still, found), lambda: found
@@ -226,21 +231,29 @@ class Attack:
         active: Array | None,
     ) -> Problem:
         inputs = jax.lax.stop_gradient(inputs)
-        # Attacks that return their only point have no other use for the clean logits.
-        needs_clean = self.keep != "last" or self.goal is _kl_goal
         clean_logits = (
             self.estimator.logits(logits_fn, inputs, self._keys(keys, _CLEAN))
-            if needs_clean
+            if self._needs_clean_logits
             else jnp.zeros((inputs.shape[0], 0))
         )
         return Problem(
             inputs=inputs,
             labels=labels,
             targets=None if targets is None else jnp.asarray(targets),
-            start=None if start is None else self.threat.project(inputs, jnp.asarray(start)),
+            start=None
+            if start is None
+            else self.threat.project(inputs, jnp.asarray(start, inputs.dtype)),
             clean_logits=clean_logits,
             active=jnp.ones(labels.shape, bool) if active is None else jnp.asarray(active),
         )
+
+    @property
+    def _needs_clean_logits(self) -> bool:
+        """Attacks that return their only point have few uses for them."""
+        return self.keep != "last" or self.goal is _kl_goal
+
+    def _distance(self, inputs: Array, adv_inputs: Array) -> Array:
+        return self.threat.distance(inputs, adv_inputs).astype(jnp.float32)
 
     def _keys(self, keys: Array | None, index: int | Array) -> Array | None:
         return None if keys is None else fold_in(keys, index)
@@ -254,7 +267,7 @@ class Attack:
     def _merge(self, problem: Problem, old: Found, new: Found) -> Found:
         """Returns the better of two finds for the active examples, and all counts."""
         if self.keep == "closest":
-            scores = [-self.threat.distance(problem.inputs, found[0]) for found in (old, new)]
+            scores = [-self._distance(problem.inputs, found[0]) for found in (old, new)]
         else:
             scores = [old.loss, new.loss]
         better = base.is_better(old.success, scores[0], new.success, scores[1])
@@ -285,7 +298,7 @@ class Attack:
         result = AttackResult(
             adv_inputs=adv_inputs,
             success=success,
-            distance=self.threat.distance(problem.inputs, adv_inputs).astype(jnp.float32),
+            distance=self._distance(problem.inputs, adv_inputs),
             loss=found.loss,
             num_forwards=found.num_forwards,
             num_backwards=found.num_backwards,
