@@ -7,7 +7,8 @@ VENV ?= .venv-$(notdir $(PYTHON))
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
 
-.PHONY: demo digits test test-slow test-parity lint format install install-dev install-parity clean
+.PHONY: demo digits test test-slow test-parity benchmark-attacks lint format
+.PHONY: install install-dev install-parity install-adv-lib clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gfa_jax needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
@@ -49,8 +50,21 @@ install-parity: install-dev
 	$(BIN)/python -m pip install --quiet --editable '.[parity]'
 	$(BIN)/python -m pip install --quiet --no-deps torchattacks==3.5.1  # it pins old versions of what it needs
 
+# Optional. adv-lib imports torchvision, whose build must fit PyTorch's (both for a GPU or both for
+# CPU), and visdom, whose setup needs an old setuptools.
+install-adv-lib: install-parity
+	$(BIN)/python -m pip install --quiet torchvision==0.28.0 tornado jsonpatch websocket-client
+	echo 'setuptools<81' > $(VENV)/build-constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps \
+	  --build-constraint $(VENV)/build-constraints.txt visdom==0.2.4
+	$(BIN)/python -m pip install --quiet --no-deps adv-lib==0.2.8
+
 test-parity: install-parity
-	$(BIN)/python -m pytest -m parity
+	XLA_FLAGS= $(BIN)/python -m pytest -m parity
+
+# Hours on 2 CPU cores; a stopped one goes on. ARGS='--attacks apgd-ce,apgd-t --rounds 1' for a part.
+benchmark-attacks: install-parity
+	$(BIN)/python benchmarks/attacks.py --out runs/benchmark-attacks $(ARGS)
 
 lint: install-dev
 	$(BIN)/ruff check .
