@@ -71,14 +71,14 @@ class ThreatModel:
         lower, upper = self.bounds
         perturbation = adv_inputs - inputs
         if self.norm == "linf":
-            return jnp.clip(
-                inputs + jnp.clip(perturbation, -self.epsilon, self.epsilon), lower, upper
-            )
-        if self.norm == "l2":
+            perturbation = jnp.clip(perturbation, -self.epsilon, self.epsilon)
+        elif self.norm == "l2":
             scale = _shrink(norms.vector_norm(perturbation, "l2"), self.epsilon)
-            return jnp.clip(inputs + norms.expand(scale, inputs) * perturbation, lower, upper)
-        moved = inputs + project_l1_box(inputs, perturbation, self.epsilon, self.bounds)
-        return jnp.clip(moved, lower, upper)
+            perturbation = norms.expand(scale, inputs) * perturbation
+        else:
+            perturbation = project_l1_box(inputs, perturbation, self.epsilon, self.bounds)
+        # A traced epsilon may be wider than the inputs.
+        return jnp.clip(inputs + perturbation, lower, upper).astype(inputs.dtype)
 
     def random_start(self, keys: Array, inputs: Array) -> Array:
         """Returns a random allowed point for each example.

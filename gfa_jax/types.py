@@ -86,8 +86,8 @@ class AttackResult(NamedTuple):
         misleads it already. An attack that looks for the smallest perturbation succeeds at any
         distance.
       distance: float32 ``[B]``, the threat norm of ``adv_inputs - inputs``.
-      loss: float32 ``[B]``, the largest value seen of the attack's own loss (of ``adv_inputs``, for
-        an attack that keeps the last point or the closest one).
+      loss: float32 ``[B]``, the attack's own loss: of ``adv_inputs`` where it succeeded, otherwise
+        the largest seen. Auto-PGD gives the largest seen in either case.
       num_forwards: int32 ``[B]``, model evaluations spent on the example.
       num_backwards: int32 ``[B]``, gradient evaluations spent on the example; a Jacobian counts one
         for each row.

@@ -21,17 +21,17 @@ from gfa_jax.attacks.adaptive import (
     from_transfer,
     pgd_features,
 )
-from gfa_jax.attacks.apgd import apgd, apgd_targeted
+from gfa_jax.attacks.auto_pgd import apgd, apgd_targeted
 from gfa_jax.attacks.base import example_keys
 from gfa_jax.attacks.carlini_wagner import cw
 from gfa_jax.attacks.compaction import attack_in_batches
-from gfa_jax.attacks.deepfool import deepfool
+from gfa_jax.attacks.deep_fool import deepfool
 from gfa_jax.attacks.elastic_net import ead
 from gfa_jax.attacks.ensemble import Ensemble, autoattack
-from gfa_jax.attacks.fab import fab, fab_targeted
+from gfa_jax.attacks.fast_boundary import fab, fab_targeted
 from gfa_jax.attacks.gradient import fgsm, pgd
 from gfa_jax.attacks.runs import Attack
-from gfa_jax.attacks.square import square
+from gfa_jax.attacks.square_attack import square
 from gfa_jax.threat import ThreatModel
 
 REGISTRY: dict[str, Callable[..., Attack | Ensemble]] = {

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from gfa_jax import _validate, alignment, norms, taps
 from gfa_jax.attacks import base
-from gfa_jax.attacks.apgd import apgd
+from gfa_jax.attacks.auto_pgd import apgd
 from gfa_jax.attacks.estimators import EXACT, Estimator, Model, noise_averaged
 from gfa_jax.attacks.gradient import pgd
 from gfa_jax.attacks.runs import Attack, Found, Problem, starting_point
@@ -65,7 +65,8 @@ def feature_tangential_estimator(layers: Sequence[str] = (), mix: float = 0.0) -
       mix: as in ``tangential_estimator``.
 
     Returns:
-      The estimator. It counts two gradients, whatever the number of layers.
+      The estimator. Its gradients are one, and one for each of the layers named (one for all
+      taps together where none is).
 
     Raises:
       ValueError: for a mix outside [0, 1]; at the call, for a tap that the model does not have.
@@ -98,7 +99,7 @@ def feature_tangential_estimator(layers: Sequence[str] = (), mix: float = 0.0) -
             total = total + unit / size
         return base.Evaluation(loss.astype(jnp.float32), goal.reached(logits), base.finite(total))
 
-    return Estimator(_logits, evaluate, num_backwards=2, needs_features=True)
+    return Estimator(_logits, evaluate, num_backwards=1 + max(1, len(layers)), needs_features=True)
 
 
 def _chosen_layers(layers: Sequence[str], known: Mapping[str, Array]) -> list[str]:

@@ -138,7 +138,9 @@ def _batches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields index arrays of one of the sizes, and which of their entries are not padding."""
     while len(indices):
-        bucket = min((size for size in sizes if size >= len(indices)), default=sizes[0])
+        # Padding is at most half of a batch, unless it is of the smallest size.
+        fitting = [size for size in sizes if len(indices) > size // 2]
+        bucket = fitting[0] if fitting else sizes[-1]
         chosen, indices = indices[:bucket], indices[bucket:]
         active = np.arange(bucket) < len(chosen)
         yield np.concatenate([chosen, np.repeat(chosen[:1], bucket - len(chosen))]), active

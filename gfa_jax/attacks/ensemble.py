@@ -14,11 +14,11 @@ import numpy as np
 
 from gfa_jax import _validate, norms
 from gfa_jax.attacks import base
-from gfa_jax.attacks.apgd import apgd, apgd_targeted
+from gfa_jax.attacks.auto_pgd import apgd, apgd_targeted
 from gfa_jax.attacks.estimators import EXACT, Model, expectation
-from gfa_jax.attacks.fab import fab, fab_targeted
+from gfa_jax.attacks.fast_boundary import fab, fab_targeted
 from gfa_jax.attacks.runs import Attack
-from gfa_jax.attacks.square import square
+from gfa_jax.attacks.square_attack import square
 from gfa_jax.threat import ThreatModel
 from gfa_jax.types import Array, AttackResult
 
@@ -118,6 +118,7 @@ class Ensemble:
             adv_inputs=xp.where(norms.expand(near, result.adv_inputs), result.adv_inputs, inputs),
             success=near,
             distance=xp.where(near, result.distance, 0),
+            loss=xp.where(near | ~result.success, result.loss, -xp.inf),
         )
 
 
@@ -151,7 +152,7 @@ def merge(old: AttackResult, new: AttackResult, attacked: Array) -> AttackResult
         adv_inputs=choose(new.adv_inputs, old.adv_inputs),
         success=choose(new.success, old.success),
         distance=choose(new.distance, old.distance),
-        loss=choose(new.loss, old.loss),
+        loss=_numpy_of(new.loss).where(attacked & (new.loss > -jnp.inf), new.loss, old.loss),
         num_forwards=old.num_forwards + new.num_forwards,
         num_backwards=old.num_backwards + new.num_backwards,
         num_zero_gradients=old.num_zero_gradients + new.num_zero_gradients,
@@ -199,6 +200,8 @@ def autoattack(
         )
     for name in names:
         _validate.one_of(MEMBERS, members=name)
+    if len(set(names)) < len(names):
+        raise ValueError(f"members={members!r} names an attack twice.")
     standard, is_l1 = version == "standard", threat.norm == "l1"
     num_restarts = {"standard": 5 if is_l1 else 1, "rand": 1}.get(version, 5)
     estimator = expectation(num_samples) if version == "rand" else EXACT

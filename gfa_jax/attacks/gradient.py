@@ -145,7 +145,8 @@ def pgd(
 
     Returns:
       The attack. Counts for each example: with ``keep="best"`` 1 + num_restarts * (num_steps + 1)
-      forwards and num_restarts * num_steps backwards; with ``last`` num_steps + 1 and num_steps.
+      forwards and num_restarts * num_steps backwards; with ``last`` num_steps + 1 and num_steps
+      (with ``kl``, one forward more).
 
     Raises:
       ValueError: for options out of range; the message names them.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gfa_jax import ThreatModel
-from gfa_jax.attacks.deepfool import deepfool
+from gfa_jax.attacks.deep_fool import deepfool
 from tests.attacks import minimum_norm, toy
 from tests.attacks.minimum_norm import Linear, assert_same, linear, run, sizes
 

@@ -3,6 +3,7 @@
 Croce & Hein 2020, arXiv 1907.02044, Algorithm 1, as the authors' AutoAttack code has it.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -159,7 +160,9 @@ def _make(
 
         def cotangents(logits: Array) -> Array:
             towards, away = class_pairs(logits)
-            one_hot = lambda classes: jax.nn.one_hot(classes, logits.shape[1])  # noqa: E731
+            one_hot = functools.partial(
+                jax.nn.one_hot, num_classes=logits.shape[1], dtype=logits.dtype
+            )
             return one_hot(towards) - one_hot(away)[None]
 
         def body(_: Array, walk: _Walk) -> _Walk:

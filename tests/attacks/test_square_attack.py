@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gfa_jax import ThreatModel, attacks, losses
-from gfa_jax.attacks.square import (
+from gfa_jax.attacks.square_attack import (
     Draw,
     _linf_step,
     _lp_step,

@@ -384,7 +384,7 @@ def _to_surface(threat: ThreatModel, inputs: Array, perturbation: Array) -> Arra
         return threat.project(inputs, inputs + perturbation)
     size = norms.expand(norms.vector_norm(perturbation, "l2"), inputs)
     moved = inputs + threat.epsilon * perturbation / (_TINY + size)
-    return jnp.clip(moved, *threat.bounds)
+    return jnp.clip(moved, *threat.bounds).astype(inputs.dtype)
 
 
 def _start(threat: ThreatModel, keys: Array, inputs: Array) -> Array:
