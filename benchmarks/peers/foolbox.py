@@ -11,11 +11,13 @@ from benchmarks.peers import Task, pick
 NAME = "Foolbox"
 PACKAGE = "foolbox"
 SLOW = ()
+_BLACK = "Where it fails the image comes back black, which may count as found."
 NOTES = {
     "pgd l1": "Foolbox: a dense normalised step, projected on ball and box one after another.",
     "deepfool": "Foolbox: towards the predicted class's ten nearest classes.",
-    "ead-en": "Foolbox: the step's momentum counts from one step later.",
-    "ead-l1": "Foolbox: as for ead-en.",
+    "ead-en": f"Foolbox: the step's momentum counts from one step later. {_BLACK}",
+    "ead-l1": f"Foolbox: the step's momentum counts from one step later. {_BLACK}",
+    "cw": f"Foolbox. {_BLACK}",
 }
 
 

@@ -14,7 +14,8 @@ NAME = "AutoAttack (official)"
 PACKAGE = "pyautoattack"
 SLOW = ()
 NOTES = {
-    "square": "official: all images of a batch share one window at each query.",
+    "square": "official: all images of a batch share one window at each query, which never reaches "
+    "the last row and column.",
 }
 
 _NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
