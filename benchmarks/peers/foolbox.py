@@ -11,7 +11,7 @@ from benchmarks.peers import Task, pick
 NAME = "Foolbox"
 PACKAGE = "foolbox"
 SLOW = ()
-_BLACK = "Where it fails the image comes back black, which may count as found."
+_BLACK = "Images that come back black, its sign of failure, are counted as failures."
 NOTES = {
     "pgd l1": "Foolbox: a dense normalised step, projected on ball and box one after another.",
     "deepfool": "Foolbox: towards the predicted class's ten nearest classes.",
@@ -60,10 +60,12 @@ def _cw(task: Task) -> Any:
 
 def _run(make: Callable[[Task], Any], *, in_ball: bool) -> Callable[..., Any]:
     def run(model: Any, images: Any, labels: Any, task: Task) -> Any:
+        # Searches give a black image where they fail, which the model may well get wrong.
         wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device=images.device)
         epsilons = task.epsilon if in_ball else None
         _, adv_images, _ = make(task)(wrapped, images, labels, epsilons=epsilons)
-        return adv_images
+        failed = (adv_images == 0).flatten(1).all(1)[:, None, None, None]
+        return images.where(failed, adv_images)
 
     return run
 
