@@ -32,7 +32,7 @@ demo: install
 	$(BIN)/python eval.py --workdir $(DEMO)/gfa
 	$(BIN)/python -m gfa_jax.evaluation.compare $(DEMO)/standard/eval $(DEMO)/gfa/eval --out $(DEMO)/report.html
 
-# All digits recipes side by side: some ten minutes on 2 CPU cores.
+# All digits recipes side by side: some fifteen minutes on 2 CPU cores.
 DIGITS := standard gfa fgsm_at pgd_at gfa_at
 digits: install
 	for recipe in $(DIGITS); do \

@@ -39,7 +39,7 @@ class EvalFlags:
 
     workdir: str
     """Folder of the run, as given to train.py."""
-    attacks: str = "fgsm,pgd,pgd-margin,apgd-ce,apgd-dlr,square:num_queries=1000"
+    attacks: str = "fgsm,pgd,apgd-ce,apgd-t,square:num_queries=1000"
     """Comma-separated attacks; options after colons: pgd-margin:num_steps=100:num_restarts=5."""
     norm: str | None = None
     """linf, l2 or l1; by default that of the run's threat model."""
