@@ -139,7 +139,7 @@ def _batches(
     """Yields index arrays of one of the sizes, and which of their entries are not padding."""
     while len(indices):
         # Padding is at most half of a batch, unless it is of the smallest size.
-        fitting = [size for size in sizes if len(indices) > size // 2]
+        fitting = [size for size in sizes if 2 * len(indices) >= size]
         bucket = fitting[0] if fitting else sizes[-1]
         chosen, indices = indices[:bucket], indices[bucket:]
         active = np.arange(bucket) < len(chosen)

@@ -272,7 +272,8 @@ class TestRealAttacks:
                 if name is None:
                     looks = found.num_forwards - expected.num_forwards
                     assert np.all((looks >= 0) & (looks <= 3 + 3))
-                assert_equal(found, expected, looks, rtol=1e-5, atol=1e-6)
+                # Other batch sizes round differently.
+                assert_equal(found, expected, looks, rtol=1e-5, atol=1e-5)
                 assert np.all(found.success) or scale == 0 or labels[0] == 0
             assert not np.any(found.success)
         assert set(found.members) == {"apgd-ce", "apgd-t", "fab-t", "square"}
