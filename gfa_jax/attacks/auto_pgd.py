@@ -16,7 +16,7 @@ import numpy as np
 from gfa_jax import _validate, norms
 from gfa_jax.attacks import base, bisection
 from gfa_jax.attacks.estimators import EXACT, Estimator, Model, fold_in
-from gfa_jax.attacks.runs import Attack, Found, GoalFn, Problem, goal_of, goal_of_ranks
+from gfa_jax.attacks.runs import Attack, Found, GoalFn, Problem, draw_noise, goal_of, goal_of_ranks
 from gfa_jax.threat import ThreatModel
 from gfa_jax.types import Array, LossFn
 
@@ -194,13 +194,7 @@ def _start(threat: ThreatModel, keys: Array | None, problem: Problem, random_sta
     if not random_start:
         return inputs
     assert keys is not None
-
-    def draw(key: Array) -> Array:
-        if threat.norm == "linf":
-            return jax.random.uniform(key, inputs.shape[1:], inputs.dtype, -1, 1)
-        return jax.random.normal(key, inputs.shape[1:], inputs.dtype)
-
-    noise = jax.vmap(draw)(keys)
+    noise = draw_noise(keys, inputs, threat.norm)
     if threat.norm != "l1":
         size = norms.vector_norm(noise, threat.norm) + _TINY
         noise = threat.epsilon * noise / norms.expand(size, noise)

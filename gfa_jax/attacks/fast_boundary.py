@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from gfa_jax import _validate, losses, norms
 from gfa_jax.attacks import base, bisection
 from gfa_jax.attacks.estimators import Model
-from gfa_jax.attacks.runs import Attack, Found, GoalFn, Problem, goal_of, goal_of_ranks
+from gfa_jax.attacks.runs import Attack, Found, GoalFn, Problem, draw_noise, goal_of, goal_of_ranks
 from gfa_jax.threat import ThreatModel
 from gfa_jax.types import Array
 
@@ -245,13 +245,7 @@ def _start(
     if num_restarts == 1:
         return inputs
     assert keys is not None
-
-    def draw(key: Array) -> Array:
-        if threat.norm == "linf":
-            return jax.random.uniform(key, inputs.shape[1:], inputs.dtype, -1, 1)
-        return jax.random.normal(key, inputs.shape[1:], inputs.dtype)
-
-    noise = jax.vmap(draw)(keys)
+    noise = draw_noise(keys, inputs, threat.norm)
     size = norms.expand(norms.vector_norm(noise, threat.norm), noise)
     start = jnp.clip(inputs + threat.epsilon / 2 * noise / size, *threat.bounds)
     return jnp.where(index % num_restarts == 0, inputs, start)

@@ -122,7 +122,8 @@ class Attack:
       stop: when later runs leave an example alone: after a ``success``, after one within
         ``epsilon``, or ``never``.
       estimator: how the model is seen.
-      draws: whether every run draws; otherwise keys are needed for the estimator alone.
+      draws: whether a run draws its start; none is drawn where one is given.
+      draws_steps: whether a run draws on its way, too.
     """
 
     threat: ThreatModel
@@ -134,6 +135,7 @@ class Attack:
     stop: str = "success"
     estimator: Estimator = EXACT
     draws: bool = True
+    draws_steps: bool = False
 
     def parts(self) -> dict[str, "Attack"]:
         """Returns the attack itself, as an ensemble returns its members."""
@@ -317,7 +319,7 @@ class Attack:
     ) -> None:
         """Refuses optional arguments that do not fit; see ``AttackFn``."""
         size = inputs.shape[0]
-        needed = self.estimator.needs_keys or (self.draws and start is None)
+        needed = self.estimator.needs_keys or self.draws_steps or (self.draws and start is None)
         if needed and keys is None:
             raise ValueError(
                 "keys=None, but this attack draws for each example (random_start=True or a "
@@ -361,6 +363,20 @@ def starting_point(
         assert keys is not None
         return threat.random_start(keys, problem.inputs)
     return problem.inputs
+
+
+def draw_noise(keys: Array, inputs: Array, norm: str) -> Array:
+    """Returns noise ``[B, ...]``, uniform in [-1, 1] for ``linf`` and otherwise normal.
+
+    What AutoAttack's code scales to a radius for its random starts.
+    """
+
+    def draw(key: Array) -> Array:
+        if norm == "linf":
+            return jax.random.uniform(key, inputs.shape[1:], inputs.dtype, -1, 1)
+        return jax.random.normal(key, inputs.shape[1:], inputs.dtype)
+
+    return jax.vmap(draw)(keys)
 
 
 def refuse_start(problem: Problem) -> None:

@@ -269,7 +269,7 @@ def with_draws(
         _, last = jax.lax.while_loop(proceeds, step, (jnp.zeros((), jnp.int32), first))
         return Found(last.points, last.success, last.loss, last.num_queries, none, none)
 
-    return Attack(threat, goal_of("margin"), run, num_restarts=num_restarts)
+    return Attack(threat, goal_of("margin"), run, num_restarts=num_restarts, draws_steps=True)
 
 
 def _sides(

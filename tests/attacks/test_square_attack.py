@@ -360,6 +360,11 @@ def test_draws_can_be_given():
     assert sorted(numbers) == [0, 1, 2]
 
 
+def test_keys_are_needed_even_from_a_given_start():
+    with pytest.raises(ValueError, match="keys=None, but this attack draws"):
+        square(ThreatModel())(logits_fn, None, IMAGES, LABELS, start=IMAGES)
+
+
 def test_inputs_that_are_no_images_are_refused():
     with pytest.raises(ValueError, match=r"inputs have shape \(6, 48\); Square needs images"):
         square(ThreatModel())(toy.logits_fn, toy.KEYS, toy.INPUTS, toy.LABELS)
