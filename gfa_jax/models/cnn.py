@@ -1,5 +1,6 @@
 """Plain convolutional classifiers, with a homogeneous form for gradient-feature alignment."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -124,7 +125,8 @@ class CNN(nn.Module):
         """
         _validate.one_of(("average", "max"), pooling=self.pooling)
         _validate.one_of(INITIALIZERS, initializer=self.initializer)
-        pool = nn.avg_pool if self.pooling == "average" else nn.max_pool
+        max_pool = functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))
+        pool = layers.average_pool if self.pooling == "average" else max_pool
         options = {
             "use_bias": self.use_bias,
             "batch_norm": self.batch_norm,
@@ -142,7 +144,7 @@ class CNN(nn.Module):
             if self.global_pool and stage == len(self.stages) - 1:
                 hidden = hidden.mean(axis=(1, 2))
             else:
-                hidden = pool(hidden, (2, 2), (2, 2))
+                hidden = pool(hidden)
         hidden = hidden.reshape(hidden.shape[0], -1)
         for index, features in enumerate(self.dense):
             hidden = Block(features, kernel_size=(), name=f"dense_{index}", **options)(

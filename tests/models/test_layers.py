@@ -13,12 +13,18 @@ from gfa_jax.models import layers
 
 CASES = {
     # Below and above the number of positions from which weight gradients are products.
-    "same_small": ((2, 5, 6, 3), (3, 3, 3, 4), "SAME"),
-    "same_large": ((2, 13, 12, 3), (3, 3, 3, 4), "SAME"),
-    "valid_large": ((2, 14, 15, 2), (3, 2, 2, 3), "VALID"),
-    "even_kernel": ((2, 12, 12, 2), (4, 4, 2, 3), "SAME"),
-    "wide_pads": ((1, 4, 4, 2), (2, 2, 2, 3), ((3, 2), (0, 3))),
-    "one_by_one": ((2, 12, 12, 4), (1, 1, 4, 2), "VALID"),
+    "same_small": ((2, 5, 6, 4), (3, 3, 4, 5), "SAME"),
+    "same_large": ((2, 13, 12, 5), (3, 3, 5, 4), "SAME"),
+    "valid_large": ((2, 14, 15, 8), (3, 2, 8, 7), "VALID"),
+    "even_kernel": ((2, 12, 12, 3), (4, 4, 3, 2), "SAME"),
+    "wide_pads": ((1, 4, 4, 7), (2, 2, 7, 8), ((3, 2), (0, 3))),
+    "one_by_one": ((2, 12, 12, 28), (1, 1, 28, 29), "VALID"),
+    # Sums of products: from and to few channels.
+    "few_inputs": ((2, 13, 12, 3), (3, 3, 3, 5), "SAME"),
+    "few_inputs_wide_pads": ((1, 4, 4, 2), (2, 3, 2, 8), ((3, 2), (0, 3))),
+    "few_outputs": ((2, 6, 7, 5), (3, 3, 5, 3), "SAME"),
+    "few_outputs_valid": ((2, 14, 15, 14), (3, 2, 14, 2), "VALID"),
+    "few_outputs_cropped": ((2, 6, 6, 14), (2, 2, 14, 2), ((-1, 0), (2, -2))),
 }
 
 
@@ -66,6 +72,27 @@ def test_second_derivatives(case):
             for conv in (canonical, reference)
         ]
         chex.assert_trees_all_close(*results, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["same_large", "few_inputs", "few_outputs"])
+def test_bfloat16_is_rounded_once(name, key):
+    shape, kernel_shape, padding = CASES[name]
+    inputs = jax.random.normal(key, shape, jnp.bfloat16)
+    kernel = jax.random.normal(key, kernel_shape, jnp.bfloat16)
+    found = jax.jit(canonical, static_argnums=2)(inputs, kernel, padding)
+    assert found.dtype == jnp.bfloat16
+    exact = reference(inputs.astype(jnp.float32), kernel.astype(jnp.float32), padding)
+    chex.assert_trees_all_close(found.astype(jnp.float32), exact, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 8, 3), (2, 5, 7, 3), (1, 2, 3, 1)])
+def test_average_pool_is_that_of_flax(shape, key):
+    images = jax.random.normal(key, shape)
+    found, pull_back = jax.vjp(layers.average_pool, images)
+    expected, expected_pull_back = jax.vjp(lambda x: nn.avg_pool(x, (2, 2), (2, 2)), images)
+    cotangent = jax.random.normal(key, expected.shape)
+    chex.assert_trees_all_close(found, expected, rtol=1e-6)
+    chex.assert_trees_all_close(pull_back(cotangent), expected_pull_back(cotangent), rtol=1e-6)
 
 
 def test_is_used_for_plain_convolutions_and_only_for_them(key):
