@@ -171,12 +171,8 @@ def _make(
             slope, difference = _closest_boundary(threat, differences, slopes)
             # The hyperplane <slope, v> = <slope, points> - difference, seen from both points.
             clean_difference = difference + norms.dot(slope, inputs - walk.points)
-            move, clean_move = jax.vmap(_to_hyperplane, in_axes=(None, 0, None, 0))(
-                threat,
-                jnp.stack([walk.points, inputs]),
-                slope,
-                jnp.stack([difference, clean_difference]),
-            )
+            move = _to_hyperplane(threat, walk.points, slope, difference)
+            clean_move = _to_hyperplane(threat, inputs, slope, clean_difference)
             size, clean_size = (
                 jnp.maximum(norms.vector_norm(vectors, threat.norm), _LEAST_DISTANCE)
                 for vectors in (move, clean_move)
@@ -305,15 +301,27 @@ def _to_hyperplane(threat: ThreatModel, points: Array, slopes: Array, difference
 
 
 def _water_level(areas: Array, heights: Array, volume: Array) -> Array:
-    """Returns the largest level ``[B]`` with ``sum(areas * min(level, heights)) <= volume``.
+    """Returns the level ``[B]`` at which ``sum(areas * min(level, heights))`` is the volume.
 
-    ``areas`` and ``heights`` are ``[B, D]``, non-negative.
+    ``areas`` and ``heights`` are ``[B, D]``, non-negative. Where all heights hold less, the level
+    is anywhere.
     """
 
-    def fits(level: Array) -> Array:
-        return jnp.sum(areas * jnp.minimum(level[:, None], heights), axis=1) <= volume
+    def rise(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        """A step of Newton: concave functions are never overshot from below, so that levels rise.
 
-    return bisection.largest_float(fits, volume)
+        The next level depends only on which coordinates are full: it ends after D steps at most,
+        mostly after three.
+        """
+        level, _ = carry
+        is_full = heights <= level[:, None]
+        held = jnp.sum(jnp.where(is_full, areas * heights, 0), axis=1)
+        area = jnp.sum(jnp.where(is_full, 0, areas), axis=1)
+        higher = (volume - held) / jnp.where(area > 0, area, jnp.inf)
+        return jnp.maximum(level, higher), higher > level
+
+    start = jnp.zeros_like(volume)
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[1]), rise, (start, start == 0))[0]
 
 
 def _greedy(weight: Array, room: Array, needed: Array) -> Array:
