@@ -147,9 +147,9 @@ def options(name: str, task: peers.Task) -> dict[str, Any]:
     }
     if name == "fgsm":
         del fields["step_size"]  # it always goes as far as it may
-    if name == "square":
+    if name in ("square", "autoattack"):
         # Broken images leave the batch, as in the official code.
-        fields["chunk_size"] = 128
+        fields["chunk_size"] = 64
     return {key: value for key, value in fields.items() if key in attacks.options_of(name)}
 
 

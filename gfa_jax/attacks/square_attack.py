@@ -20,6 +20,9 @@ from gfa_jax.types import Array
 
 WINDOWS = ("per_example", "shared")
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+_QUERIES_TO_SORTING = 20
+"""Queries after which chunks are formed anew: often enough for few broken examples in them, rarely
+enough for moving examples to cost little."""
 _TINY = 1e-12
 _START = 2**31 - 1
 """The key index of the starting point, which no query uses."""
@@ -72,9 +75,9 @@ def square(
         their own, so that they do not depend on the batch either), and never in the last row or
         column.
       rescale_schedule: whether the halvings are scaled from 10,000 queries to ``num_queries``.
-      chunk_size: the model sees so many examples at once, and broken ones no more, which saves most
-        of the work where many break early; the results are the same. By default the whole batch is
-        evaluated at every query, which suits a batch that is spread over devices.
+      chunk_size: the model sees so many examples at once, and broken ones soon no more, which saves
+        most of the work where many break early; the results are the same. By default all examples
+        are evaluated at every query, which suits a batch that is spread over devices.
 
     Returns:
       The attack, for images ``[B, H, W, C]``. ``num_forwards`` counts queries until success.
@@ -111,11 +114,12 @@ def square(
 
 
 def _draw(key: Array, num_channels: int) -> Draw:
-    corner_key, sign_key, flip_key = jax.random.split(key, 3)
+    # One draw for all: keys cost more than numbers.
+    uniform = jax.random.uniform(key, (5 + num_channels,))
     return Draw(
-        corners=jax.random.uniform(corner_key, (2, 2)),
-        signs=jax.random.rademacher(sign_key, (num_channels,), jnp.float32),
-        flip=jax.random.bernoulli(flip_key),
+        corners=uniform[:4].reshape(2, 2),
+        signs=jnp.where(uniform[5:] < 0.5, -1.0, 1.0),
+        flip=uniform[4] < 0.5,
     )
 
 
@@ -126,8 +130,7 @@ class _Examples(NamedTuple):
       keys: of this run.
       inputs: clean images.
       labels: the true classes.
-      targets: the target classes of a targeted attack.
-      is_targeted: the same for all.
+      targets: the target classes of a targeted attack, or ``None``.
       active: whether to attack.
       points: the best images so far.
       loss: the loss there.
@@ -138,8 +141,7 @@ class _Examples(NamedTuple):
     keys: Array
     inputs: Array
     labels: Array
-    targets: Array
-    is_targeted: Array
+    targets: Array | None
     active: Array
     points: Array
     loss: Array
@@ -154,16 +156,12 @@ class _Examples(NamedTuple):
     def query(self, model: Model, points: Array) -> "_Examples":
         """Evaluates new points and moves where the loss rises or the goal is reached."""
         logits = model(points)
-        reached = jnp.where(
-            self.is_targeted,
-            ~base.is_misclassified(logits, self.targets),
-            base.is_misclassified(logits, self.labels),
-        )
-        loss = jnp.where(
-            self.is_targeted,
-            -losses.margin(logits, self.targets),
-            losses.margin(logits, self.labels),
-        ).astype(jnp.float32)
+        if self.targets is None:
+            reached = base.is_misclassified(logits, self.labels)
+            loss = losses.margin(logits, self.labels).astype(jnp.float32)
+        else:
+            reached = ~base.is_misclassified(logits, self.targets)
+            loss = -losses.margin(logits, self.targets).astype(jnp.float32)
         going = ~self.is_done
         accepted = going & ((loss > self.loss) | reached)
         return self._replace(
@@ -221,32 +219,45 @@ def with_draws(
                 )
             return some.query(model, points)
 
-        def try_square_in_chunks(number: Array, every: _Examples, chunk_size: int) -> _Examples:
-            """One query for the unbroken examples alone, so many at once."""
-            order = jnp.argsort(every.is_done, stable=True)
-            order = jnp.concatenate([order, jnp.full(chunk_size, size, order.dtype)])
+        def search(first: Array, last: Array, some: _Examples) -> _Examples:
+            """The queries from first to last, unless all of these examples are done before."""
 
-            def chunk(index: Array, every: _Examples) -> _Examples:
-                chosen = jax.lax.dynamic_slice(order, (index * chunk_size,), (chunk_size,))
-                # Beyond the end, the last example is read and nothing is written.
-                some = jax.tree.map(lambda leaf: leaf.at[chosen].get(mode="clip"), every)
-                done = try_square(number, some)
-                return jax.tree.map(
-                    lambda old, new: old.at[chosen].set(new, mode="drop"), every, done
-                )
+            def proceeds(carry: tuple[Array, _Examples]) -> Array:
+                number, some = carry
+                return (number < last) & ~jnp.all(some.is_done)
 
-            num_chunks = (jnp.sum(~every.is_done) + chunk_size - 1) // chunk_size
-            return jax.lax.fori_loop(0, num_chunks, chunk, every)
+            def step(carry: tuple[Array, _Examples]) -> tuple[Array, _Examples]:
+                number, some = carry
+                return number + 1, try_square(number, some)
 
-        def step(carry: tuple[Array, _Examples]) -> tuple[Array, _Examples]:
-            number, every = carry
-            if chunk_size is None or chunk_size >= size:
-                return number + 1, try_square(number, every)
-            return number + 1, try_square_in_chunks(number, every, chunk_size)
+            return jax.lax.while_loop(proceeds, step, (first, some))[1]
 
-        def proceeds(carry: tuple[Array, _Examples]) -> Array:
-            number, every = carry
-            return (number < num_queries) & ~jnp.all(every.is_done)
+        def search_in_chunks(every: _Examples, chunk_size: int) -> _Examples:
+            """All queries, but for broken examples, which are set aside after a few."""
+
+            def proceeds(carry: tuple[Array, _Examples]) -> Array:
+                first, every = carry
+                return (first < num_queries) & ~jnp.all(every.is_done)
+
+            def some_queries(carry: tuple[Array, _Examples]) -> tuple[Array, _Examples]:
+                first, every = carry
+                last = jnp.minimum(first + _QUERIES_TO_SORTING, num_queries)
+                order = jnp.argsort(every.is_done, stable=True)
+                order = jnp.concatenate([order, jnp.full(chunk_size, size, order.dtype)])
+
+                def chunk(index: Array, every: _Examples) -> _Examples:
+                    chosen = jax.lax.dynamic_slice(order, (index * chunk_size,), (chunk_size,))
+                    # Beyond the end, the last example is read and nothing is written.
+                    some = jax.tree.map(lambda leaf: leaf.at[chosen].get(mode="clip"), every)
+                    done = search(first, last, some)
+                    return jax.tree.map(
+                        lambda old, new: old.at[chosen].set(new, mode="drop"), every, done
+                    )
+
+                num_chunks = (jnp.sum(~every.is_done) + chunk_size - 1) // chunk_size
+                return last, jax.lax.fori_loop(0, num_chunks, chunk, every)
+
+            return jax.lax.while_loop(proceeds, some_queries, (jnp.zeros((), jnp.int32), every))[1]
 
         start = problem.start
         if start is None and random_start:
@@ -258,15 +269,17 @@ def with_draws(
             keys=keys,
             inputs=inputs,
             labels=problem.labels,
-            targets=none if problem.targets is None else problem.targets,
-            is_targeted=jnp.full(size, problem.targets is not None),
+            targets=problem.targets,
             active=problem.active,
             points=inputs,
             loss=jnp.full(size, -jnp.inf, jnp.float32),
             success=none > 0,
             num_queries=none,
         ).query(model, start)
-        _, last = jax.lax.while_loop(proceeds, step, (jnp.zeros((), jnp.int32), first))
+        if chunk_size is None or chunk_size >= size:
+            last = search(jnp.int32(0), jnp.int32(num_queries), first)
+        else:
+            last = search_in_chunks(first, chunk_size)
         return Found(last.points, last.success, last.loss, last.num_queries, none, none)
 
     return Attack(threat, goal_of("margin"), run, num_restarts=num_restarts, draws_steps=True)

@@ -148,7 +148,9 @@ def _convolve_few_inputs(pads: Pads, inputs: Array, kernel: Array) -> Array:
     """Adds up the products of each channel at each offset, which XLA fuses into one loop."""
     dtype = jnp.result_type(inputs, kernel)
     wide = jnp.promote_types(dtype, jnp.float32)
-    padded, kernel = _pad(pads, inputs).astype(wide), kernel.astype(wide)
+    # Whatever computes the inputs would be fused too, and run again for every product.
+    padded = lax.optimization_barrier(_pad(pads, inputs).astype(wide))
+    kernel = kernel.astype(wide)
     terms = (
         seen[..., channel, None] * kernel[None, row, None, column, None, channel]
         for row, column, seen in _windows(padded, kernel)
