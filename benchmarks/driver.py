@@ -178,6 +178,7 @@ def run(flags: Flags) -> None:
     results = Results(out, settings, environment)
     for name, reason in missing.items():
         results.skip(name, reason)
+    results.content["notes"][measure.OURS] = dict(measure.OUR_NOTES)
     for library in libraries[1:]:
         results.content["notes"][library.name] = dict(library.peer.notes)
 

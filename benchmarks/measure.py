@@ -39,9 +39,15 @@ MINIMUM_NORM = ("deepfool", "cw", "ead-en", "ead-l1")
 _SLACK = 1e-4
 """How far beyond epsilon, as a share of it, a perturbation still counts: float32 rounding."""
 
-
 _BETA = 1e-3
 """EAD's weight of the l_1 norm, in all libraries."""
+
+_CHUNKED = ("square", "autoattack", "deepfool", "ead-en", "ead-l1")
+OUR_NOTES = {
+    "ead-en": "gfa_jax: abort=example.",
+    "ead-l1": "gfa_jax: abort=example, variant=art.",
+}
+"""Options that are not the defaults, by attack."""
 
 
 class Found(NamedTuple):
@@ -147,9 +153,14 @@ def options(name: str, task: peers.Task) -> dict[str, Any]:
     }
     if name == "fgsm":
         del fields["step_size"]  # it always goes as far as it may
-    if name in ("square", "autoattack"):
-        # Broken images leave the batch, as in the official code.
+    if name in _CHUNKED:
+        # Images that are done leave the batch: the official Square and the peers' DeepFools do so
+        # too, and their EAD stops early.
         fields["chunk_size"] = 64
+    if name.startswith("ead"):
+        fields["abort"] = "example"
+    if name == "ead-l1":
+        fields["variant"] = "art"
     return {key: value for key, value in fields.items() if key in attacks.options_of(name)}
 
 

@@ -1,6 +1,7 @@
 """A strict environment: several CPU devices, no silent rank promotion, no GPU, fast compilation."""
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile hundreds of small programs once each: optimising them costs more than it saves.
@@ -18,3 +19,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def key() -> jax.Array:
     """A fixed PRNG key."""
     return jax.random.key(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs() -> Iterator[None]:
+    """Compiled programs of one module are no use to the next, and hundreds of them fill memory."""
+    yield
+    jax.clear_caches()

@@ -150,12 +150,15 @@ def evaluate(logits_fn: LogitsFn, goal: Goal, inputs: Array) -> Evaluation:
     return Evaluation(losses.astype(jnp.float32), reached, finite(gradient))
 
 
+_CPU_BATCH = 256
+
+
 def pull_back(
     logits_fn: LogitsFn,
     inputs: Array,
     cotangents: Callable[[Array], Array],
     *,
-    chunk_size: int | None = None,
+    num_gradients: int | None = None,
 ) -> tuple[Array, Array]:
     """Returns logits and several input gradients from one forward pass.
 
@@ -164,16 +167,19 @@ def pull_back(
       inputs: ``[B, ...]``.
       cotangents: ``logits [B, C] -> [K, B, C]``: row ``k`` of the result is the gradient of
         ``sum(cotangents[k] * logits)``, cotangents held constant.
-      chunk_size: gradients taken at once; all ``K`` by default. Memory grows with it.
+      num_gradients: gradients taken at once; memory grows with it. By default all ``K``, on CPU as
+        many as make a batch of 256: more only leave its caches.
 
     Returns:
       ``(logits [B, C], gradients [K, B, ...])``; what is not finite is 0.
     """
     logits, pullback = jax.vjp(logits_fn, inputs)
     rows = jax.lax.stop_gradient(cotangents(logits)).astype(logits.dtype)
-    gradients = jax.lax.map(
-        lambda row: pullback(row)[0], rows, batch_size=chunk_size or rows.shape[0]
-    )
+    if num_gradients is None:
+        num_gradients = len(rows)
+        if jax.default_backend() == "cpu":
+            num_gradients = min(num_gradients, max(1, _CPU_BATCH // len(inputs)))
+    gradients = jax.lax.map(lambda row: pullback(row)[0], rows, batch_size=num_gradients)
     return logits, finite(gradients)
 
 

@@ -20,12 +20,15 @@ class _Walk(NamedTuple):
     """The point and what the model says there.
 
     Attributes:
+      origin: ``[B, ...]``, the first point: perturbations are measured from it, as in the official
+        code, not from the clean input.
       variable: ``[B, ...]``, unbounded; its tanh is the point.
       loss: ``[B]``.
       gradient: of the summed loss in input units, ``[B, ...]``.
       optimizer_state: elementwise, apart from the number of steps.
     """
 
+    origin: Array
     variable: Array
     loss: Array
     gradient: Array
@@ -41,6 +44,7 @@ def cw(
     initial_constant: float | Array = 1e-3,
     confidence: float | Array = 0.0,
     abort: str = "none",
+    chunk_size: int | None = None,
 ) -> Attack:
     """The attack of Carlini and Wagner in l_2 (2017, arXiv 1608.04644, section VI).
 
@@ -63,6 +67,8 @@ def cw(
       confidence: the margin to reach, in units of the logits, >= 0.
       abort: ``example``: an example that no longer improves rests until the next search
         (``constants.search``). ``none``: never, which is at least as strong.
+      chunk_size: with ``abort="example"``, examples looked at together; resting ones leave
+        (``chunks.loop``). By default the whole batch, until all rest.
 
     Returns:
       The attack. Counts for each example: 2 + num_searches num_steps forwards and
@@ -74,11 +80,14 @@ def cw(
     """
     _validate.one_of(constants.ABORT, abort=abort)
     _validate.positive_integer(num_steps=num_steps, num_searches=num_searches)
+    if chunk_size is not None:
+        _validate.positive_integer(chunk_size=chunk_size)
     _validate.positive(learning_rate=learning_rate, initial_constant=initial_constant)
     _validate.non_negative(confidence=confidence)
     lower, upper = threat.bounds
     center, half_width = (lower + upper) / 2, (upper - lower) / 2
     optimizer = optax.adam(learning_rate)
+    goal_fn = goal_of("margin")
 
     def decode(variable: Array) -> Array:
         """The point in the box; clipped, since far from 0 the box's faces are rounded."""
@@ -90,28 +99,29 @@ def cw(
         refuse_start(problem)
         dtype = problem.inputs.dtype
         wide = jnp.promote_types(dtype, jnp.float32)
-        goal = constants.confident(goal, confidence)
         relative = (problem.inputs.astype(wide) - center) / half_width
         variable = jnp.arctanh(jnp.clip(relative, -1, 1) * _INSIDE)
-        # The official code measures from here, not from the clean input.
         origin = decode(variable)
 
-        def evaluate(variable: Array) -> tuple[Array, base.Evaluation]:
+        def evaluate(variable: Array, some: Problem) -> tuple[Array, base.Evaluation]:
+            goal = constants.confident(goal_fn(some, index), confidence)
             adv_inputs = decode(variable).astype(dtype)
             here = base.evaluate(model, goal, adv_inputs)
             return adv_inputs, here._replace(gradient=here.gradient.astype(wide))
 
-        def step(number: Array, walk: _Walk, constant: Array) -> tuple[_Walk, constants.Iterate]:
+        def step(
+            number: Array, walk: _Walk, constant: Array, some: Problem
+        ) -> tuple[_Walk, constants.Iterate]:
             gradient = constants.pull(constant, walk.loss, walk.gradient, confidence)
-            gradient += 2 * (decode(walk.variable) - origin)
+            gradient += 2 * (decode(walk.variable) - walk.origin)
             # Not 1 - tanh^2, which rounds to zero beyond 9 and would hold the variable there.
             slope = half_width / jnp.cosh(walk.variable) ** 2
             update, optimizer_state = optimizer.update(
                 base.finite(slope * gradient), walk.optimizer_state
             )
             variable = walk.variable + update
-            adv_inputs, here = evaluate(variable)
-            perturbation = adv_inputs.astype(wide) - origin
+            adv_inputs, here = evaluate(variable, some)
+            perturbation = adv_inputs.astype(wide) - walk.origin
             measure = norms.dot(perturbation, perturbation)
             iterate = constants.Iterate(
                 adv_inputs,
@@ -121,20 +131,21 @@ def cw(
                 here.reached,
                 base.is_zero(here.gradient),
             )
-            return _Walk(variable, here.loss, here.gradient, optimizer_state), iterate
+            walk = _Walk(walk.origin, variable, here.loss, here.gradient, optimizer_state)
+            return walk, iterate
 
         # The first point is the same for all constants: differentiated once. Where it misleads the
         # model already, the first step stays and is judged.
-        _, here = evaluate(variable)
+        _, here = evaluate(variable, problem)
         closest = constants.search(
             step,
-            _Walk(variable, here.loss, here.gradient, optimizer.init(variable)),
-            problem.inputs,
-            problem.active,
+            _Walk(origin, variable, here.loss, here.gradient, optimizer.init(variable)),
+            problem,
             num_steps=num_steps,
             num_searches=num_searches,
             initial_constant=initial_constant,
             abort_factor=None if abort == "none" else 0.9999,
+            chunk_size=chunk_size,
         )
         return Found(
             closest.adv_inputs,
@@ -145,4 +156,4 @@ def cw(
             base.is_zero(here.gradient) + closest.num_zero_gradients,
         )
 
-    return Attack(threat, goal_of("margin"), run, keep="closest", stop="never", draws=False)
+    return Attack(threat, goal_fn, run, keep="closest", stop="never", draws=False)

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from gfa_jax import norms
-from gfa_jax.attacks import base
+from gfa_jax.attacks import base, chunks
+from gfa_jax.attacks.runs import Problem
 from gfa_jax.types import Array, PyTree
 
 ABORT = ("example", "none")
@@ -113,8 +114,9 @@ class Iterate(NamedTuple):
     zero_gradient: Array
 
 
-StepFn = Callable[[Array, PyTree, Array], tuple[PyTree, Iterate]]
-"""``(number, walk, constant [B]) -> (walk, Iterate)``: one step of the optimiser, and its point."""
+StepFn = Callable[[Array, PyTree, Array, Problem], tuple[PyTree, Iterate]]
+"""``(number, walk, constant [B], problem) -> (walk, Iterate)``: one step of the optimiser, and its
+point, for some of the examples."""
 
 
 class Closest(NamedTuple):
@@ -155,7 +157,8 @@ class _Descent(NamedTuple):
     """The carry of one search.
 
     Attributes:
-      number: of the coming step.
+      problem: what the examples are.
+      constant: ``[B]``.
       walk: the optimiser's own state.
       running: bool ``[B]``, examples that still improve.
       previous: ``[B]``, the objective at the last check.
@@ -163,7 +166,8 @@ class _Descent(NamedTuple):
       closest: over all searches.
     """
 
-    number: Array
+    problem: Problem
+    constant: Array
     walk: PyTree
     running: Array
     previous: Array
@@ -174,14 +178,14 @@ class _Descent(NamedTuple):
 def search(
     step: StepFn,
     start: PyTree,
-    inputs: Array,
-    active: Array,
+    problem: Problem,
     *,
     num_steps: int,
     num_searches: int,
     initial_constant: float | Array,
     abort_factor: float | None = None,
     reset: bool = True,
+    chunk_size: int | None = None,
 ) -> Closest:
     """Runs an optimiser for one constant after another and keeps the closest success.
 
@@ -190,8 +194,7 @@ def search(
     Args:
       step: one step of the optimiser.
       start: its state at the first step; a pytree of ``[B, ...]`` arrays and scalars.
-      inputs: clean, ``[B, ...]``.
-      active: bool ``[B]``; with an ``abort_factor``, a search ends once these have stopped.
+      problem: the examples; with an ``abort_factor``, a search ends once the active ones stop.
       num_steps: of each search.
       num_searches: constants tried.
       initial_constant: the first of them.
@@ -201,16 +204,18 @@ def search(
         check compares with nothing (the official codes compare with 1e6, which large logits
         exceed). ``None``: all examples take all steps.
       reset: whether every search begins at ``start``, and not where the one before ended.
+      chunk_size: with an ``abort_factor``, examples looked at together (``chunks.loop``).
     """
+    inputs = problem.inputs
     wide = jnp.promote_types(inputs.dtype, jnp.float32)
     like = jnp.zeros(inputs.shape[0], wide)
     none = jnp.zeros(inputs.shape[0], jnp.int32)
     infinite = jnp.full_like(like, jnp.inf)
     period = max(num_steps // 10, 1)
 
-    def descend(constant: Array, descent: _Descent) -> _Descent:
-        number, running = descent.number, descent.running
-        walk, here = step(number, descent.walk, constant)
+    def descend(number: Array, descent: _Descent) -> _Descent:
+        running = descent.running
+        walk, here = step(number, descent.walk, descent.constant, descent.problem)
         counted = running.astype(jnp.int32)
         closest = descent.closest
         closest = closest._replace(
@@ -224,13 +229,12 @@ def search(
             running &= ~(is_checked & (here.objective > abort_factor * previous))
             previous = jnp.where(is_checked, here.objective, previous).astype(wide)
         succeeded = here.reached & running
-        return _Descent(
-            number + 1,
-            walk,
-            running,
-            previous,
-            descent.found | succeeded,
-            closest.update(here, succeeded),
+        return descent._replace(
+            walk=walk,
+            running=running,
+            previous=previous,
+            found=descent.found | succeeded,
+            closest=closest.update(here, succeeded),
         )
 
     def attempt(
@@ -241,22 +245,24 @@ def search(
             constant = jnp.where(number == num_searches - 1, known.high, known.constant)
             known = known._replace(constant=constant)
         descent = _Descent(
-            jnp.zeros((), jnp.int32),
-            start if reset else walk,
-            none == 0,
-            infinite,
-            none > 0,
-            closest,
+            problem=problem,
+            constant=known.constant,
+            walk=start if reset else walk,
+            running=none == 0,
+            previous=infinite,
+            found=none > 0,
+            closest=closest,
         )
         if abort_factor is None:
-            descent = jax.lax.fori_loop(
-                0, num_steps, lambda _, carry: descend(known.constant, carry), descent
-            )
+            descent = jax.lax.fori_loop(0, num_steps, descend, descent)
         else:
-            descent = jax.lax.while_loop(
-                lambda carry: (carry.number < num_steps) & jnp.any(carry.running & active),
-                lambda carry: descend(known.constant, carry),
+            descent = chunks.loop(
+                descend,
                 descent,
+                lambda descent: descent.running & descent.problem.active,
+                num_steps=num_steps,
+                chunk_size=chunk_size,
+                steps_between=-(-period // 2),
             )
         return known.narrow(descent.found), descent.walk, descent.closest
 

@@ -1,5 +1,6 @@
 """DeepFool: straight to the nearest boundary of the linearised classifier, step by step."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gfa_jax import _validate, losses, norms
-from gfa_jax.attacks import base
+from gfa_jax.attacks import base, chunks
 from gfa_jax.attacks.estimators import Model
 from gfa_jax.attacks.runs import Attack, Found, GoalFn, Problem, goal_of, refuse_start
 from gfa_jax.threat import ThreatModel
@@ -24,10 +25,11 @@ _FLAT = 1e-12
 
 
 class _Walk(NamedTuple):
-    """The carry of the loop.
+    """What the loop knows of each example.
 
     Attributes:
-      step: the number of steps made.
+      problem: what the examples are.
+      candidates: int ``[B, K]``, the classes to move to.
       adv_inputs: the current points, ``[B, ...]``.
       total: the sum of all steps without the overshoot, ``[B, ...]``.
       loss: ``[B]``, the margin at ``adv_inputs``.
@@ -37,7 +39,8 @@ class _Walk(NamedTuple):
       num_zero_gradients: int32 ``[B]``.
     """
 
-    step: Array
+    problem: Problem
+    candidates: Array
     adv_inputs: Array
     total: Array
     loss: Array
@@ -64,6 +67,7 @@ def deepfool(
     clip: bool = True,
     num_bisections: int = 0,
     chunk_size: int | None = None,
+    num_gradients: int | None = None,
 ) -> Attack:
     """DeepFool in l_2 and l_inf (Moosavi-Dezfooli et al. 2016, arXiv 1511.04599, alg. 2, sec. 3.3).
 
@@ -93,7 +97,9 @@ def deepfool(
         may lie outside of it.
       num_bisections: bisections of the line between the clean and the found point at the end, each
         a forward pass; the point never gets farther.
-      chunk_size: gradients taken at once; all by default. Memory grows with it.
+      chunk_size: examples looked at together; those that are done leave (``chunks.loop``). By
+        default the whole batch, until all are done.
+      num_gradients: gradients taken at once (``base.pull_back``); memory grows with it.
 
     Returns:
       The attack. Counts for each example: 1 + 2 steps forwards, and as many more as bisections
@@ -111,80 +117,86 @@ def deepfool(
     if num_candidates is not None:
         _at_least(2, num_candidates=num_candidates)
     _at_least(0, num_bisections=num_bisections)
-    if chunk_size is not None:
-        _validate.positive_integer(chunk_size=chunk_size)
+    for name, value in (("chunk_size", chunk_size), ("num_gradients", num_gradients)):
+        if value is not None:
+            _validate.positive_integer(**{name: value})
     is_original = variant == "original"
+    goal_fn: GoalFn = goal_of("margin") if label == "true" else _away_from_prediction
 
     def run(
         model: Model, keys: Array | None, problem: Problem, goal: base.Goal, index: int | Array
     ) -> Found:
         refuse_start(problem)
-        dtype = problem.inputs.dtype
-        inputs = problem.inputs.astype(jnp.promote_types(dtype, jnp.float32))
-        candidates = _candidates(problem, goal, num_candidates)
+        wide = jnp.promote_types(problem.inputs.dtype, jnp.float32)
+        inputs = problem.inputs.astype(wide)
 
-        def judge(adv_inputs: Array) -> tuple[Array, Array, Array]:
+        def judge(adv_inputs: Array, goal: base.Goal) -> tuple[Array, Array, Array]:
             """Returns the points as the model sees them, their margins and their success."""
-            adv_inputs = adv_inputs.astype(dtype)
+            adv_inputs = adv_inputs.astype(problem.inputs.dtype)
             if clip:
                 adv_inputs = jnp.clip(adv_inputs, *threat.bounds)
             logits = model(adv_inputs)
             return adv_inputs, goal.loss(logits).astype(jnp.float32), goal.reached(logits)
 
-        def body(walk: _Walk) -> _Walk:
+        def step(number: Array, walk: _Walk) -> _Walk:
+            towards = goal_fn(walk.problem, index)
             length, gradient, num_flat = _nearest_boundary(
-                model, threat, goal, candidates, walk.adv_inputs, chunk_size
+                model, threat, towards, walk.candidates.T, walk.adv_inputs, num_gradients
             )
             can_move = jnp.isfinite(length)
             length = jnp.where(can_move, length + (_PUSH if is_original else 0), 0)
-            direction = threat.steepest_step(walk.adv_inputs, gradient.astype(inputs.dtype))
-            step = norms.expand(length, direction) * direction
-            total = walk.total + step
+            direction = threat.steepest_step(walk.adv_inputs, gradient.astype(wide))
+            move = norms.expand(length, direction) * direction
+            total = walk.total + move
             if is_original:
-                reached_for = inputs + (1 + overshoot) * total
+                reached_for = walk.problem.inputs.astype(wide) + (1 + overshoot) * total
             else:
-                reached_for = walk.adv_inputs + (1 + overshoot) * step
-            adv_inputs, loss, success = judge(reached_for)
+                reached_for = walk.adv_inputs + (1 + overshoot) * move
+            adv_inputs, loss, success = judge(reached_for, towards)
             here = walk.is_walking
             counted = here.astype(jnp.int32)
-            return _Walk(
-                walk.step + 1,
-                jnp.where(norms.expand(here, adv_inputs), adv_inputs, walk.adv_inputs),
-                total,
-                jnp.where(here, loss, walk.loss),
-                walk.success | (here & success),
-                here & ~success & can_move,
-                walk.num_steps + counted,
-                walk.num_zero_gradients + counted * num_flat,
+            return walk._replace(
+                adv_inputs=jnp.where(norms.expand(here, adv_inputs), adv_inputs, walk.adv_inputs),
+                total=total,
+                loss=jnp.where(here, loss, walk.loss),
+                success=walk.success | (here & success),
+                is_walking=here & ~success & can_move,
+                num_steps=walk.num_steps + counted,
+                num_zero_gradients=walk.num_zero_gradients + counted * num_flat,
             )
 
         none = jnp.zeros(inputs.shape[0], jnp.int32)
         start = _Walk(
-            jnp.zeros((), jnp.int32),
-            problem.inputs,
-            jnp.zeros_like(inputs),
-            jnp.zeros(none.shape, jnp.float32),
-            none > 0,
-            problem.active,
-            none,
-            none,
+            problem=problem,
+            candidates=_candidates(problem, goal, num_candidates).T,
+            adv_inputs=problem.inputs,
+            total=jnp.zeros_like(inputs),
+            loss=jnp.zeros(none.shape, jnp.float32),
+            success=none > 0,
+            is_walking=problem.active,
+            num_steps=none,
+            num_zero_gradients=none,
         )
-        walk = jax.lax.while_loop(
-            lambda walk: (walk.step < num_steps) & jnp.any(walk.is_walking), body, start
+        walk = chunks.loop(
+            step,
+            start,
+            lambda walk: walk.is_walking,
+            num_steps=num_steps,
+            chunk_size=chunk_size,
         )
 
-        adv_inputs, loss = _bisect(judge, inputs, walk, num_bisections)
+        judge_all = functools.partial(judge, goal=goal)
+        adv_inputs, loss = _bisect(judge_all, inputs, walk, num_bisections)
         return Found(
             adv_inputs,
             walk.success,
             loss,
             2 * walk.num_steps + num_bisections * walk.success,
-            candidates.shape[0] * walk.num_steps,
+            walk.candidates.shape[1] * walk.num_steps,
             walk.num_zero_gradients,
         )
 
-    goal: GoalFn = goal_of("margin") if label == "true" else _away_from_prediction
-    return Attack(threat, goal, run, keep="closest", stop="never", draws=False)
+    return Attack(threat, goal_fn, run, keep="closest", stop="never", draws=False)
 
 
 def _at_least(lowest: int, **arguments: int) -> None:
@@ -252,7 +264,7 @@ def _nearest_boundary(
     goal: base.Goal,
     candidates: Array,
     points: Array,
-    chunk_size: int | None,
+    num_gradients: int | None,
 ) -> tuple[Array, Array, Array]:
     """Finds the boundary to a candidate that is nearest in the linearised model.
 
@@ -263,7 +275,7 @@ def _nearest_boundary(
         largest of the others.
       candidates: int ``[K, B]``.
       points: ``[B, ...]``, where the model is linearised.
-      chunk_size: gradients taken at once.
+      num_gradients: taken at once.
 
     Returns:
       ``(distance [B], gradient [B, ...], num_flat int32 [B])``: the distance is infinite where all
@@ -281,7 +293,7 @@ def _nearest_boundary(
         towards = jax.nn.one_hot(candidates, num_classes)
         return towards - jax.nn.one_hot(ahead(logits), num_classes)[None]
 
-    logits, gradients = base.pull_back(logits_fn, points, cotangents, chunk_size=chunk_size)
+    logits, gradients = base.pull_back(logits_fn, points, cotangents, num_gradients=num_gradients)
     gradients = gradients.astype(jnp.promote_types(points.dtype, jnp.float32))
     differences = jax.vmap(losses.class_difference, in_axes=(None, None, 0))(
         logits, ahead(logits), candidates

@@ -30,7 +30,7 @@ def fab(
     eta: float = 1.05,
     beta: float = 0.9,
     stop: str = "epsilon",
-    chunk_size: int | None = None,
+    num_gradients: int | None = None,
 ) -> Attack:
     """The smallest perturbation, by projections onto linearised decision boundaries.
 
@@ -48,7 +48,7 @@ def fab(
       beta: how far to step back from an adversarial point towards the clean input, in [0, 1].
       stop: ``epsilon``: an example that was broken within epsilon is left alone by later runs, as
         in AutoAttack; ``never``: the closest point over all runs.
-      chunk_size: gradients of logits taken at once; all by default. Memory grows with it.
+      num_gradients: gradients of logits taken at once (``base.pull_back``); memory grows with it.
 
     Returns:
       The attack. Each run takes two forward passes a step, one with the gradients.
@@ -66,7 +66,7 @@ def fab(
         eta,
         beta,
         stop,
-        chunk_size,
+        num_gradients,
     )
 
 
@@ -132,14 +132,14 @@ def _make(
     eta: float,
     beta: float,
     stop: str,
-    chunk_size: int | None,
+    num_gradients: int | None,
 ) -> Attack:
     _validate.positive_integer(num_steps=num_steps, num_restarts=num_restarts)
     _validate.fraction(alpha_max=alpha_max, beta=beta)
     _validate.positive(eta=eta)
     _validate.one_of(("epsilon", "never"), stop=stop)
-    if chunk_size is not None:
-        _validate.positive_integer(chunk_size=chunk_size)
+    if num_gradients is not None:
+        _validate.positive_integer(num_gradients=num_gradients)
 
     def run(
         model: Model, keys: Array | None, problem: Problem, goal: base.Goal, index: int | Array
@@ -166,7 +166,9 @@ def _make(
             return one_hot(towards) - one_hot(away)[None]
 
         def body(_: Array, walk: _Walk) -> _Walk:
-            logits, slopes = base.pull_back(model, walk.points, cotangents, chunk_size=chunk_size)
+            logits, slopes = base.pull_back(
+                model, walk.points, cotangents, num_gradients=num_gradients
+            )
             differences = jnp.sum(cotangents(logits) * logits[None], axis=2)
             slope, difference = _closest_boundary(threat, differences, slopes)
             # The hyperplane <slope, v> = <slope, points> - difference, seen from both points.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gfa_jax import _validate, losses, norms
-from gfa_jax.attacks import base
+from gfa_jax.attacks import base, chunks
 from gfa_jax.attacks.estimators import Model, fold_in
 from gfa_jax.attacks.runs import Attack, Found, Problem, goal_of
 from gfa_jax.threat import ThreatModel
@@ -219,46 +219,6 @@ def with_draws(
                 )
             return some.query(model, points)
 
-        def search(first: Array, last: Array, some: _Examples) -> _Examples:
-            """The queries from first to last, unless all of these examples are done before."""
-
-            def proceeds(carry: tuple[Array, _Examples]) -> Array:
-                number, some = carry
-                return (number < last) & ~jnp.all(some.is_done)
-
-            def step(carry: tuple[Array, _Examples]) -> tuple[Array, _Examples]:
-                number, some = carry
-                return number + 1, try_square(number, some)
-
-            return jax.lax.while_loop(proceeds, step, (first, some))[1]
-
-        def search_in_chunks(every: _Examples, chunk_size: int) -> _Examples:
-            """All queries, but for broken examples, which are set aside after a few."""
-
-            def proceeds(carry: tuple[Array, _Examples]) -> Array:
-                first, every = carry
-                return (first < num_queries) & ~jnp.all(every.is_done)
-
-            def some_queries(carry: tuple[Array, _Examples]) -> tuple[Array, _Examples]:
-                first, every = carry
-                last = jnp.minimum(first + _QUERIES_TO_SORTING, num_queries)
-                order = jnp.argsort(every.is_done, stable=True)
-                order = jnp.concatenate([order, jnp.full(chunk_size, size, order.dtype)])
-
-                def chunk(index: Array, every: _Examples) -> _Examples:
-                    chosen = jax.lax.dynamic_slice(order, (index * chunk_size,), (chunk_size,))
-                    # Beyond the end, the last example is read and nothing is written.
-                    some = jax.tree.map(lambda leaf: leaf.at[chosen].get(mode="clip"), every)
-                    done = search(first, last, some)
-                    return jax.tree.map(
-                        lambda old, new: old.at[chosen].set(new, mode="drop"), every, done
-                    )
-
-                num_chunks = (jnp.sum(~every.is_done) + chunk_size - 1) // chunk_size
-                return last, jax.lax.fori_loop(0, num_chunks, chunk, every)
-
-            return jax.lax.while_loop(proceeds, some_queries, (jnp.zeros((), jnp.int32), every))[1]
-
         start = problem.start
         if start is None and random_start:
             start = _start(threat, fold_in(keys, _START), inputs)
@@ -276,10 +236,14 @@ def with_draws(
             success=none > 0,
             num_queries=none,
         ).query(model, start)
-        if chunk_size is None or chunk_size >= size:
-            last = search(jnp.int32(0), jnp.int32(num_queries), first)
-        else:
-            last = search_in_chunks(first, chunk_size)
+        last = chunks.loop(
+            try_square,
+            first,
+            lambda some: ~some.is_done,
+            num_steps=num_queries,
+            chunk_size=chunk_size,
+            steps_between=_QUERIES_TO_SORTING,
+        )
         return Found(last.points, last.success, last.loss, last.num_queries, none, none)
 
     return Attack(threat, goal_of("margin"), run, num_restarts=num_restarts, draws_steps=True)

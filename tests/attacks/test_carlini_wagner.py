@@ -7,6 +7,7 @@ from gfa_jax import ThreatModel, losses
 from gfa_jax.attacks.carlini_wagner import cw
 from tests.attacks import minimum_norm, toy
 from tests.attacks.minimum_norm import Linear, linear, run
+from tests.attacks.running import assert_same
 
 # Steps and constants that succeed within a few short searches.
 QUICK = {
@@ -135,6 +136,10 @@ class TestBugsOfPeers:
         assert result.success[0]
         assert 0 < result.distance[0] < 1e-5
 
+    def test_chunks_change_nothing(self):
+        whole = run(cw, "l2", abort="example", **QUICK)
+        assert_same(run(cw, "l2", abort="example", chunk_size=4, **QUICK), whole, 1e-4, 1e-5)
+
     def test_fewer_than_ten_steps_may_abort(self):
         options = {**QUICK, "num_steps": 8, "learning_rate": 0.2, "abort": "example"}
         result = run(cw, "l2", **options)
@@ -173,6 +178,7 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
+            ({"chunk_size": 0}, "chunk_size=0 must be an integer >= 1"),
             ({"abort": "batch"}, r"abort='batch' is not one of \['example', 'none'\]"),
             ({"num_steps": 0}, "num_steps=0 must be an integer >= 1"),
             ({"num_searches": 0}, "num_searches=0 must be an integer >= 1"),

@@ -9,6 +9,7 @@ import pytest
 
 from gfa_jax import losses
 from gfa_jax.attacks import base, constants
+from gfa_jax.attacks.runs import Problem
 
 THRESHOLDS = np.array([1e-4, 0.003, 0.5, 77.0, 1e6, np.inf], np.float32)
 
@@ -34,15 +35,16 @@ def constants_by_hand(threshold, initial, num_searches):
 def search(thresholds, objectives, active, first_step, num_searches, options):
     """A search that succeeds from a constant and a step on; its points are the steps made."""
 
-    def step(number, walk, constant):
+    def step(number, walk, constant, some):
         made = walk + 1
+        needed = thresholds[some.labels]
         here = constants.Iterate(
             adv_inputs=jnp.stack([made, constant], axis=1),
             measure=constant,
             objective=objectives[number] * jnp.ones_like(constant),
             loss=constant,
-            reached=(constant >= thresholds) & (number >= first_step),
-            zero_gradient=constant < thresholds,
+            reached=(constant >= needed) & (number >= first_step),
+            zero_gradient=constant < needed,
         )
         return made, here
 
@@ -51,8 +53,14 @@ def search(thresholds, objectives, active, first_step, num_searches, options):
     return constants.search(
         step,
         none,
-        jnp.stack([none, none], axis=1),
-        active,
+        Problem(
+            inputs=jnp.stack([none, none], axis=1),
+            labels=jnp.arange(len(thresholds)),
+            targets=None,
+            start=None,
+            clean_logits=none[:, None],
+            active=active,
+        ),
         num_steps=len(objectives),
         num_searches=num_searches,
         **options,

@@ -205,7 +205,9 @@ class TestInvariants:
 
     def test_chunks_of_gradients_change_nothing(self):
         whole = run(fab, "l2", 0.01, num_steps=8, keys=None)
-        assert_same(run(fab, "l2", 0.01, num_steps=8, chunk_size=3, keys=None), whole, 1e-4, 1e-5)
+        assert_same(
+            run(fab, "l2", 0.01, num_steps=8, num_gradients=3, keys=None), whole, 1e-4, 1e-5
+        )
 
     def test_later_runs_skip_what_is_broken_within_epsilon_and_never_lengthen(self):
         options = {"num_steps": 8, "num_restarts": 2}
@@ -278,7 +280,7 @@ class TestInvariants:
         (fab, {"beta": -0.1}, r"beta=-0.1 must be a number in \[0, 1\]"),
         (fab, {"eta": 0}, "eta=0 must be a finite number > 0"),
         (fab, {"stop": "success"}, "stop='success' is not one of"),
-        (fab, {"chunk_size": 0}, "chunk_size=0 must be an integer >= 1"),
+        (fab, {"num_gradients": 0}, "num_gradients=0 must be an integer >= 1"),
         (fab_targeted, {"num_targets": 0}, "num_targets=0 must be an integer >= 1"),
     ],
 )

@@ -186,25 +186,28 @@ def test_autoattack_leaves_the_robust_accuracy_of_the_official_one(norm, bench):
 
 
 NUM_SEARCHED = 200
-"""Images for the attacks that search constants, which some peers do slowly."""
+"""Images for the attacks that search for small norms."""
+
+NUM_SLOW = 40
+"""As many for a peer that takes minutes."""
 
 MINIMUM_NORM = {
-    "deepfool-l2": ("deepfool", "l2", {"num_steps": 50}),
-    "deepfool-linf": ("deepfool", "linf", {"num_steps": 50}),
-    "ead-en": ("ead-en", "l1", {"num_steps": 100}),
-    "ead-l1": ("ead-l1", "l1", {"num_steps": 100}),
-    "cw": ("cw", "l2", {"num_steps": 100}),
+    "deepfool-l2": ("deepfool", "l2", {"num_steps": 50}, {}),
+    "deepfool-linf": ("deepfool", "linf", {"num_steps": 50}, {}),
+    "ead-en": ("ead-en", "l1", {"num_steps": 100}, {}),
+    # The authors' algorithm is 4 to 6 % below Foolbox and torchattacks, and 11 % above ART.
+    "ead-l1": ("ead-l1", "l1", {"num_steps": 100}, {"variant": "art"}),
+    "cw": ("cw", "l2", {"num_steps": 100}, {}),
 }
 
 
 @pytest.mark.parametrize("case", MINIMUM_NORM)
 def test_median_norms_are_not_larger_than_those_of_the_best_peer(case, bench):
-    name, norm, options = MINIMUM_NORM[case]
-    images, labels = bench.images[:NUM_SEARCHED], bench.labels[:NUM_SEARCHED]
-    chosen = bench.correct[:NUM_SEARCHED]
+    name, norm, options, own_options = MINIMUM_NORM[case]
 
     def median(adv_images, fooled):
-        change = (adv_images - bench.test.images[:NUM_SEARCHED]).reshape(NUM_SEARCHED, -1)
+        num = len(fooled)
+        change = (adv_images - bench.test.images[:num]).reshape(num, -1)
         sizes = {
             "linf": np.abs(change).max(1),
             "l2": np.linalg.norm(change, axis=1),
@@ -213,26 +216,25 @@ def test_median_norms_are_not_larger_than_those_of_the_best_peer(case, bench):
         size = sizes[norm]
         if name == "ead-en":  # what its rule makes small
             size = sizes["l2"] ** 2 + BETA * sizes["l1"]
-        return np.median(np.where(fooled, size, np.inf)[chosen])
+        return np.median(np.where(fooled, size, np.inf)[bench.correct[:num]])
 
-    result = bench.attack(name, ThreatModel(norm), num=NUM_SEARCHED, **options)
-    ours = median(np.asarray(result.adv_inputs), np.asarray(result.success))
+    result = bench.attack(name, ThreatModel(norm), num=NUM_SEARCHED, **options, **own_options)
+    adv_images, fooled = np.asarray(result.adv_inputs), np.asarray(result.success)
     medians = {}
     for module in peers.PEERS[1:]:
         try:
             library = peers.load(module)
-            # ART takes minutes for EAD and C&W. Its EAD-L1 finds l_1 norms that are a tenth smaller
-            # than the authors' algorithm, which this is, by leaving out the gradient of the l_2
-            # term on adversarial points.
-            if name in library.slow:
-                continue
-            attack = library.attacks[name]
+            num = NUM_SLOW if name in library.slow else NUM_SEARCHED
             task = bench.task(norm, **options)
-            adv_images = attack(bench.model, images.clone(), labels.clone(), task)
+            found = library.attacks[name](
+                bench.model, bench.images[:num].clone(), bench.labels[:num].clone(), task
+            )
         except (ImportError, KeyError, peers.UnsupportedError):
             continue
-        medians[library.name] = median(bench.numpy(adv_images), bench.fooled(adv_images))
+        theirs = median(bench.numpy(found), bench.fooled(found))
+        medians[library.name] = median(adv_images[:num], fooled[:num]), theirs
     if not medians:
         pytest.skip("no peer for this attack is installed")
-    print(f"{case}: ours {ours:.5f}, peers {medians}")
-    assert ours <= 1.02 * min(medians.values()), f"{ours:.5f}, peers {medians}"
+    print(f"{case}, ours and theirs: {medians}")
+    for ours, theirs in medians.values():
+        assert ours <= 1.02 * theirs, medians
