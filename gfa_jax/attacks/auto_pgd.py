@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gfa_jax import _validate, norms
-from gfa_jax.attacks import base, bisection
+from gfa_jax import _validate, bisection, norms
+from gfa_jax.attacks import base
 from gfa_jax.attacks.estimators import EXACT, Estimator, Model, fold_in
 from gfa_jax.attacks.runs import Attack, Found, GoalFn, Problem, draw_noise, goal_of, goal_of_ranks
 from gfa_jax.threat import ThreatModel

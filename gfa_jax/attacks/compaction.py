@@ -7,8 +7,8 @@ those of the compiled attack, up to the rounding of other batch sizes.
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,18 @@ OnBatch = Callable[[str, int, int], None]
 """``(what is running, examples done, examples to do)``, for progress."""
 
 
+class Memory(Protocol):
+    """Where the results of batches are kept, so that an interrupted attack goes on."""
+
+    def load(self, name: str) -> Mapping[str, np.ndarray] | None:
+        """Returns what was saved under a name, or ``None``."""
+        ...
+
+    def save(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Saves arrays under a name, all or nothing."""
+        ...
+
+
 def attack_in_batches(
     attack: Attack | Ensemble,
     apply: ApplyVariables,
@@ -37,8 +49,10 @@ def attack_in_batches(
     *,
     batch_size: int = 256,
     targets: np.ndarray | None = None,
+    active: np.ndarray | None = None,
     sharding: jax.sharding.Sharding | None = None,
     on_batch: OnBatch | None = None,
+    memory: Memory | None = None,
 ) -> AttackResult:
     """Attacks any number of examples; broken ones are dropped between runs and members.
 
@@ -51,23 +65,28 @@ def attack_in_batches(
       labels: int ``[N]``.
       batch_size: examples attacked at once; see ``bucket_sizes``.
       targets: int ``[N]`` for a targeted attack.
+      active: bool ``[N]``, the examples to attack; the others come back clean, without success and
+        at no count. All by default.
       sharding: how a batch is spread over devices; the variables must be there already.
       on_batch: called after every batch.
+      memory: keeps the result of every batch. An attack that is called again with the same
+        arguments takes from it what is there: the result is the same, bit by bit.
 
     Returns:
       The result for all examples, in NumPy. The clean input is judged once a run, and so counted.
 
     Raises:
-      ValueError: for inputs, labels or targets that an attack cannot work on, or sizes that do not
-        fit.
+      ValueError: for inputs, labels or targets that an attack cannot work on, sizes that do not
+        fit, or a memory of something else.
     """
     base.check_inputs(attack.threat, inputs, labels)
     size = len(inputs)
-    for name, values in (("keys", keys), ("targets", targets)):
+    for name, values in (("keys", keys), ("targets", targets), ("active", active)):
         if values is not None and values.shape != (size,):
             raise ValueError(f"{name} has shape {values.shape}; expected {(size,)}.")
     sizes = bucket_sizes(batch_size, 1 if sharding is None else sharding.num_devices)
     inputs = np.asarray(inputs, jax.dtypes.canonicalize_dtype(inputs.dtype))
+    asked: Any = np.ones(size, bool) if active is None else np.asarray(active, bool)
     examples = {"inputs": inputs, "labels": np.asarray(labels, np.int32)}
     if targets is not None:
         examples["targets"] = np.asarray(targets, np.int32)
@@ -83,6 +102,17 @@ def attack_in_batches(
             base.check_classes(examples[name], num_classes, name)
         return num_classes
 
+    def run_batch(
+        member: Attack, run: int | None, chosen: np.ndarray, is_real: np.ndarray
+    ) -> AttackResult:
+        batch = {field: values[chosen] for field, values in examples.items()}
+        batch |= {"keys": keys[chosen], "active": is_real}
+        if sharding is not None:
+            batch = jax.device_put(batch, sharding)
+        index = None if run is None else jnp.int32(run)
+        new = _attack_batch(member, apply, variables, batch, index)
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[is_real], new)
+
     def run_member(name: str, member: Attack, rest: Array) -> AttackResult:
         # Copies, to be written to.
         found = jax.tree.map(np.array, nothing_found(inputs))
@@ -94,24 +124,26 @@ def attack_in_batches(
             left = np.flatnonzero(rest & ~done_before)
             text = name if run is None else f"{name} {run + 1}/{num_runs}".strip()
             done = 0
-            for chosen, active in _batches(left, sizes):
-                batch = {field: values[chosen] for field, values in examples.items()}
-                batch |= {"keys": keys[chosen], "active": active}
-                if sharding is not None:
-                    batch = jax.device_put(batch, sharding)
-                index = None if run is None else jnp.int32(run)
-                new = _attack_batch(member, apply, variables, batch, index)
-                _store(member, found, chosen, active, new)
-                done += int(active.sum())
+            for number, (chosen, is_real) in enumerate(_batches(left, sizes)):
+                rows = chosen[is_real]
+                new = _remembered(
+                    memory,
+                    f"{name or 'attack'}-{run or 0}-{number}",
+                    rows,
+                    inputs[rows],
+                    functools.partial(run_batch, member, run, chosen, is_real),
+                )
+                _store(member, found, rows, new)
+                done += len(rows)
                 if on_batch is not None:
                     on_batch(text, done, len(left))
         return found
 
     if isinstance(attack, Attack):
-        return run_member("", attack, ~nothing_found(inputs).success)
+        return run_member("", attack, asked)
     result = nothing_found(inputs)
     for name, member in attack.members.items():
-        rest = ~result.success
+        rest = asked & ~result.success
         new = attack.judge(member, inputs, run_member(name, member, rest))
         merged = merge(result, new, rest)
         broken = newly_broken(merged, result.success)
@@ -163,17 +195,48 @@ def _attack_batch_fn(
 _attack_batch = jax.jit(_attack_batch_fn, static_argnames=("attack", "apply"))
 
 
-def _store(
-    attack: Attack, found: AttackResult, chosen: np.ndarray, active: np.ndarray, new: AttackResult
-) -> None:
-    """Writes what a run found into the arrays of ``found``, where it is better."""
-    chosen, new = chosen[active], jax.tree.map(lambda leaf: np.asarray(leaf)[active], new)
-    old = jax.tree.map(lambda leaf: leaf[chosen], found)
+def _remembered(
+    memory: Memory | None,
+    name: str,
+    rows: np.ndarray,
+    inputs: np.ndarray,
+    compute: Callable[[], AttackResult],
+) -> AttackResult:
+    """Returns the result of a batch from memory or, where it is not there yet, by computing it.
+
+    Raises:
+      ValueError: where the memory holds the result of other examples.
+    """
+    if memory is None:
+        return compute()
+    kept = memory.load(name)
+    if kept is None:
+        result = compute()
+        # Images that did not move, most of them for strong models, are known.
+        moved = np.any((result.adv_inputs != inputs).reshape(len(rows), -1), axis=1)
+        fields = {key: value for key, value in result._asdict().items() if key != "members"}
+        fields |= {"adv_inputs": result.adv_inputs[moved], "moved": moved, "rows": rows}
+        memory.save(name, fields)
+        return result
+    if not np.array_equal(kept["rows"], rows):
+        raise ValueError(
+            f"the memory of {name} holds examples {kept['rows'].tolist()}, not {rows.tolist()}: it "
+            "belongs to another attack."
+        )
+    fields = {key: value for key, value in kept.items() if key not in ("moved", "rows")}
+    adv_inputs = inputs.copy()
+    adv_inputs[kept["moved"]] = kept["adv_inputs"]
+    return AttackResult(**{**fields, "adv_inputs": adv_inputs, "members": {}})
+
+
+def _store(attack: Attack, found: AttackResult, rows: np.ndarray, new: AttackResult) -> None:
+    """Writes what a run found into the rows of ``found``, where it is better."""
+    old = jax.tree.map(lambda leaf: leaf[rows], found)
     scores = (-old.distance, -new.distance) if attack.keep == "closest" else (old.loss, new.loss)
     better = base.is_better(old.success, scores[0], new.success, scores[1])
     # The first run's clean loss replaces nothing at all.
     better |= np.isneginf(old.loss)
     for field in ("adv_inputs", "success", "distance", "loss"):
-        getattr(found, field)[chosen[better]] = getattr(new, field)[better]
+        getattr(found, field)[rows[better]] = getattr(new, field)[better]
     for field in ("num_forwards", "num_backwards", "num_zero_gradients"):
-        getattr(found, field)[chosen] += getattr(new, field)
+        getattr(found, field)[rows] += getattr(new, field)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gfa_jax import _validate, losses, norms
-from gfa_jax.attacks import base, bisection
+from gfa_jax import _validate, bisection, losses, norms
+from gfa_jax.attacks import base
 from gfa_jax.attacks.estimators import Model
 from gfa_jax.attacks.runs import Attack, Found, GoalFn, Problem, draw_noise, goal_of, goal_of_ranks
 from gfa_jax.threat import ThreatModel

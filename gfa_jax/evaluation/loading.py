@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import pathlib
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ class LoadedRun:
       params: parameters, replicated over the mesh.
       model_state: other variables.
       step: of the checkpoint.
+      training: what it cost: ``steps``, ``examples`` seen and ``seconds`` of training steps.
       weights_hash: SHA-256 of all variables.
       mesh: over all devices.
     """
@@ -36,6 +38,7 @@ class LoadedRun:
     params: Params
     model_state: ModelState
     step: int
+    training: Mapping[str, float]
     weights_hash: str
     mesh: jax.sharding.Mesh
 
@@ -105,6 +108,7 @@ def load_run(
     )
     try:
         params, model_state, at_step = checkpoints.restore_model(template, which)
+        metadata = checkpoints.read_metadata(at_step)
     finally:
         checkpoints.close()
     return LoadedRun(
@@ -114,6 +118,11 @@ def load_run(
         params,
         model_state,
         at_step,
+        {
+            "steps": at_step,
+            "examples": at_step * config.batch_size,
+            "seconds": float(metadata["train_seconds"]),
+        },
         hash_tree((params, model_state)),
         mesh,
     )

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,36 +43,83 @@ def _style(axes: Axes) -> None:
         axes.spines[side].set_visible(False)
 
 
-def accuracy_against_epsilon(runs: Sequence[Results]) -> str:
-    """Draws accuracy under one attack against its radius, from 0 to the whole box."""
-    figure = Figure(figsize=(7, 3.6))
-    axes = figure.subplots()
-    for number, run in enumerate(runs):
-        points = run["curve"]["points"]
-        axes.plot(
-            [point["epsilon"] for point in points],
-            [100 * point["accuracy"] for point in points],
-            color=COLORS[number % len(COLORS)],
-            marker=_MARKERS[number % len(_MARKERS)],
-            markersize=4,
-            label=run["name"],
-        )
-    threat = runs[0]["threat"]
-    axes.axvline(threat["epsilon"], color="#888888", linewidth=0.8, linestyle="--")
+def _mark_epsilon(axes: Axes, epsilon: float) -> None:
+    axes.axvline(epsilon, color="#888888", linewidth=0.8, linestyle="--")
     axes.annotate(
-        f" epsilon {threat['epsilon']:.3g}",
-        (threat["epsilon"], 1),
+        f" epsilon {epsilon:.3g}",
+        (epsilon, 1),
         xycoords=("data", "axes fraction"),
         va="top",
         color="#666666",
         fontsize=8,
     )
+
+
+_LINES = ("-", "--", ":", "-.")
+
+
+def _attack_name(spec: str) -> str:
+    return spec.split(":")[0]
+
+
+def accuracy_against_epsilon(runs: Sequence[Results]) -> str:
+    """Draws accuracy under each curve's attack against its radius, from 0 to the whole box."""
+    figure = Figure(figsize=(7, 3.6))
+    axes = figure.subplots()
+    for number, run in enumerate(runs):
+        for curve, line in zip(run["curves"], _LINES, strict=False):
+            axes.plot(
+                [point["epsilon"] for point in curve["points"]],
+                [100 * point["accuracy"] for point in curve["points"]],
+                color=COLORS[number % len(COLORS)],
+                marker=_MARKERS[number % len(_MARKERS)],
+                linestyle=line,
+                markersize=4,
+                label=f"{run['name']}, {_attack_name(curve['attack'])}",
+            )
+    threat = runs[0]["threat"]
+    _mark_epsilon(axes, threat["epsilon"])
     axes.set_xlabel(f"{threat['norm']} radius")
     axes.set_ylabel("accuracy in %")
     axes.set_xscale("symlog", linthresh=max(threat["epsilon"], 1e-6))
     axes.set_xlim(0)
     axes.set_ylim(0, 102)
     axes.legend(frameon=False)
+    _style(axes)
+    return _encode(figure)
+
+
+def minimum_norms(runs: Sequence[Results]) -> str | None:
+    """Draws the share of images that each minimum-norm attack breaks within a distance.
+
+    Returns:
+      The picture, or ``None`` without such an attack.
+    """
+    if not any(found["cdf"] for run in runs for found in run["minimum_norm"].values()):
+        return None
+    figure = Figure(figsize=(7, 3.6))
+    axes = figure.subplots()
+    for number, run in enumerate(runs):
+        for (spec, found), line in zip(
+            run["minimum_norm"].items(), itertools.cycle(_LINES), strict=False
+        ):
+            # From no image at distance 0 on; a failure is never reached.
+            points = [[0.0, 0.0], *found["cdf"]]
+            axes.step(
+                [distance for distance, _ in points],
+                [100 * share for _, share in points],
+                where="post",
+                color=COLORS[number % len(COLORS)],
+                linestyle=line,
+                label=f"{run['name']}, {_attack_name(spec)}",
+            )
+    threat = runs[0]["threat"]
+    _mark_epsilon(axes, threat["epsilon"])
+    axes.set_xlabel(f"{threat['norm']} distance")
+    axes.set_ylabel("images broken in %")
+    axes.set_xlim(0)
+    axes.set_ylim(0, 102)
+    axes.legend(frameon=False, fontsize=8)
     _style(axes)
     return _encode(figure)
 

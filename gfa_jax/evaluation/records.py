@@ -1,14 +1,15 @@
 """Per-example results on disk, one file for each attack and chunk of examples.
 
 Files are written atomically and never changed: an evaluation that was killed goes on with the
-chunks that are missing. A header names what the records belong to; records of another model, threat
-or setting are refused instead of mixed in.
+batches that are missing. A header names what the records belong to; records of another model,
+threat or setting are refused instead of mixed in.
 """
 
 import io
 import json
 import pathlib
 import re
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,7 +26,8 @@ class Records:
     """The records of one evaluation.
 
     Layout: ``header.json`` and ``<attack>/<first>-<last>.npz`` with one array ``[chunk]`` for each
-    field of the result.
+    field of the result. Until all runs of an attack on a chunk are made, their batches lie in
+    ``<attack>/<first>-<last>.parts/``.
     """
 
     def __init__(self, directory: pathlib.Path, header: Mapping[str, Any]) -> None:
@@ -61,6 +63,10 @@ class Records:
     def _path(self, attack: str, first: int, last: int) -> pathlib.Path:
         return self._directory / re.sub(r"[^\w.=-]", "_", attack) / f"{first:07d}-{last:07d}.npz"
 
+    def parts(self, attack: str, first: int, last: int) -> "Parts":
+        """Returns where the parts of a record are kept until it is whole."""
+        return Parts(self._path(attack, first, last).with_suffix(".parts"))
+
     def load(self, attack: str, first: int, last: int) -> dict[str, np.ndarray] | None:
         """Returns the record of examples ``first`` to ``last`` (inclusive), or ``None``.
 
@@ -69,19 +75,51 @@ class Records:
         Raises:
           ValueError: for a damaged file, naming it.
         """
-        path = self._path(attack, first, last)
-        if not path.exists():
-            return None
-        try:
-            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
-                return {name: stored[name] for name in stored.files}
-        except Exception as error:
-            raise ValueError(
-                f"record {str(path)!r} is damaged ({error}); delete it to compute it again."
-            ) from error
+        return _read(self._path(attack, first, last))
 
     def save(self, attack: str, first: int, last: int, record: Mapping[str, np.ndarray]) -> None:
-        """Writes the record of a chunk, atomically."""
-        buffer = io.BytesIO()
-        np.savez(buffer, **{name: np.asarray(value) for name, value in record.items()})  # type: ignore[arg-type]
-        files.write_bytes(self._path(attack, first, last), buffer.getvalue())
+        """Writes the record of a chunk, atomically; its parts are no longer needed."""
+        _write(self._path(attack, first, last), record)
+        self.parts(attack, first, last).remove()
+
+
+class Parts:
+    """The batches of a record that is not whole yet (an ``attacks.compaction.Memory``)."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        """Uses a folder, which need not exist."""
+        self._directory = directory
+
+    def load(self, name: str) -> dict[str, np.ndarray] | None:
+        """Returns the arrays of a part, or ``None``.
+
+        Raises:
+          ValueError: for a damaged file, naming it.
+        """
+        return _read(self._directory / f"{name}.npz")
+
+    def save(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes a part, atomically."""
+        _write(self._directory / f"{name}.npz", arrays)
+
+    def remove(self) -> None:
+        """Deletes all parts."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _read(path: pathlib.Path) -> dict[str, np.ndarray] | None:
+    if not path.exists():
+        return None
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except Exception as error:
+        raise ValueError(
+            f"record {str(path)!r} is damaged ({error}); delete it to compute it again."
+        ) from error
+
+
+def _write(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, **{name: np.asarray(value) for name, value in arrays.items()})  # type: ignore[arg-type]
+    files.write_bytes(path, buffer.getvalue())

@@ -68,6 +68,19 @@ def accuracy_columns(runs: Sequence[Results]) -> list[str]:
     ]
 
 
+_STATUSES = ("FAIL", "WARN", "PASS", "NA")
+
+
+def _with_intervals(run: Results, row: list[str], names: Sequence[str]) -> list[str]:
+    """Returns a row of ``accuracy_rows`` with Wilson's 95 % intervals."""
+    cells = [row[0]]
+    for name, text in zip(names, row[1:], strict=True):
+        interval = run["intervals"].get(name)
+        low, high = interval or (None, None)
+        cells.append(f"{text} ({_percent(low)}-{_percent(high)})" if interval else text)
+    return cells
+
+
 def print_table(runs: Sequence[Results]) -> None:
     """Prints accuracies (in percent) and verdicts on standard output."""
     console = rich.console.Console(highlight=False)
@@ -119,6 +132,8 @@ def write_report(evaluations: Sequence[tuple[Results, Examples]], path: pathlib.
       path: of the page.
     """
     runs = [results for results, _ in evaluations]
+    rows = accuracy_rows(runs)
+    names = ["clean", *attack_names(runs)]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("gfa_jax.evaluation"),
         autoescape=True,
@@ -130,10 +145,12 @@ def write_report(evaluations: Sequence[tuple[Results, Examples]], path: pathlib.
         verdicts=[verdict(run) for run in runs],
         suspected=[diagnostics.masking_suspected(run["diagnostics"]) for run in runs],
         columns=accuracy_columns(runs),
-        rows=accuracy_rows(runs),
+        rows=[_with_intervals(run, row, names) for run, row in zip(runs, rows, strict=True)],
         percent=_percent,
+        statuses=_STATUSES,
         pictures={
             "curve": plots.accuracy_against_epsilon(runs),
+            "minimum_norms": plots.minimum_norms(runs),
             "layers": plots.layer_alignment(runs),
             "directions": plots.loss_along_directions(runs),
             "images": [plots.image_grid(results, examples) for results, examples in evaluations],

@@ -185,6 +185,12 @@ class Checkpoints:
             )["model"]
         return restored["params"], restored["model_state"], step
 
+    def read_metadata(self, step: int) -> dict[str, Any]:
+        """Returns what was saved beside the state of a step."""
+        with _readable(self._manager.directory, step):
+            arguments = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+            return dict(self._manager.restore(step, args=arguments)["metadata"])
+
     def _best_step(self) -> int | None:
         best = self._manager.best_step() if self._metric else None
         return best if best is not None and self._metric in self._manager.metrics(best) else None

@@ -64,6 +64,22 @@ def whole_of(attack, apply, variables, *examples, **options):
     )
 
 
+class Memory:
+    """A memory that breaks down after some entries."""
+
+    def __init__(self, room):
+        self.kept, self.room = {}, room
+
+    def load(self, name):
+        return self.kept.get(name)
+
+    def save(self, name, arrays):
+        assert name not in self.kept
+        if len(self.kept) >= self.room:
+            raise KeyboardInterrupt
+        self.kept[name] = {key: np.array(value) for key, value in arrays.items()}
+
+
 def num_runs_made(result, backwards_of_a_run):
     return np.asarray(result.num_backwards) // backwards_of_a_run
 
@@ -141,6 +157,49 @@ class TestScriptedAttacks:
         # Neither other variables, nor other numbers of examples, nor other runs need new ones.
         run({"scale": np.float32(2)}, *scripted_examples(33, seed=1))
         assert compaction._attack_batch._cache_size() - before <= 3
+
+    def test_examples_that_are_not_active_come_back_clean_at_no_count(self):
+        attack, (keys, inputs, labels) = scripted(), scripted_examples(13)
+        active = np.arange(13) % 3 > 0
+        run = functools.partial(compaction.attack_in_batches, attack, apply_scripted, VARIABLES)
+        some = run(keys, inputs, labels, batch_size=8, active=active)
+        alone = run(keys[active], inputs[active], labels[active], batch_size=8)
+        assert_equal(jax.tree.map(lambda field: field[active], some), alone)
+        rest = jax.tree.map(lambda field: field[~active], some)
+        np.testing.assert_array_equal(rest.adv_inputs, inputs[~active])
+        for counted in (rest.success, rest.distance, rest.num_forwards, rest.num_backwards):
+            assert not np.any(counted)
+        with pytest.raises(ValueError, match=r"active has shape \(4,\); expected \(13,\)"):
+            run(keys, inputs, labels, active=active[:4])
+
+    @pytest.mark.parametrize("stopped_after", [0, 1, 3, 100])
+    @pytest.mark.parametrize("is_ensemble", [False, True])
+    def test_a_stopped_attack_goes_on_from_memory(self, stopped_after, is_ensemble):
+        attack = scripted("closest", "epsilon")
+        if is_ensemble:
+            members = {"one": attack, "other": scripted("best", "success")}
+            attack = ensemble.Ensemble(ThreatModel("linf", 0.2), members)
+        examples = scripted_examples(37)
+        run = functools.partial(
+            compaction.attack_in_batches, attack, apply_scripted, VARIABLES, *examples, batch_size=8
+        )
+        memory = Memory(stopped_after)
+        if stopped_after < 100:
+            with pytest.raises(KeyboardInterrupt):
+                run(memory=memory)
+        memory.room = 100
+        assert_equal(run(memory=memory), run())
+        computed = list(memory.kept)
+        assert len(computed) == len(set(computed)) > 5
+        memory.room = 0  # now all is there
+        assert_equal(run(memory=memory), run())
+
+    def test_the_memory_of_other_examples_is_refused(self):
+        memory = Memory(100)
+        run = functools.partial(compaction.attack_in_batches, scripted(), apply_scripted, VARIABLES)
+        run(*scripted_examples(13), memory=memory)
+        with pytest.raises(ValueError, match=r"attack-0-0 holds examples \[0, 1, .*\], not"):
+            run(*scripted_examples(5), memory=memory)
 
     def test_progress(self):
         told = []

@@ -21,14 +21,16 @@ def workdir(tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "tiny"
     base = smoke.get_config()
     config = dataclasses.replace(
-        base, train_steps=30, loop=dataclasses.replace(base.loop, eval_every=0, eval_attack_steps=0)
+        base,
+        train_steps=150,
+        loop=dataclasses.replace(base.loop, eval_every=0, eval_attack_steps=0),
     )
     loop.train_and_evaluate(config, path)
     return path
 
 
 def flags_for(workdir, out, **changes):
-    defaults = {"attacks": SPECS, "num_examples": 50, "batch_size": 32}
+    defaults = {"attacks": SPECS, "num_examples": 50, "batch_size": 12, "diagnostics": "off"}
     return evaluate.EvalFlags(str(workdir), out=str(out), **{**defaults, **changes})
 
 
@@ -47,7 +49,7 @@ def test_results_have_the_documented_fields(evaluated, workdir):
     assert worst <= min(results["robust_accuracy"].values()) <= results["clean_accuracy"] <= 1
     assert results["threat"] == {"norm": "linf", "epsilon": 0.15, "bounds": [0.0, 1.0]}
     assert results["num_examples"] == 50
-    assert results["checkpoint_step"] == 30
+    assert results["checkpoint_step"] == 150
     assert results["weights_hash"] == loading.load_run(workdir).weights_hash
     counts = results["counts"]["pgd-margin:num_steps=3:num_restarts=2"]
     # What is misclassified already is looked at once.
@@ -64,12 +66,84 @@ def test_accuracies_are_those_of_the_records(evaluated):
     for spec in SPECS.split(","):
         folder = out / "records" / spec.replace(":", "_")
         parts = [np.load(path, allow_pickle=False) for path in sorted(folder.glob("*.npz"))]
-        assert [len(part["ids"]) for part in parts] == [32, 18]
+        assert [len(part["ids"]) for part in parts] == [48, 2]
+        assert not list(folder.glob("*.parts"))
         success = np.concatenate([part["success"] for part in parts])
         distance = np.concatenate([part["distance"] for part in parts])
         assert np.all(distance <= 0.15 * (1 + 1e-5))
         robust = ~success if robust is None else robust & ~success
     assert results["robust_accuracy"]["worst_case"] == pytest.approx(robust.mean())
+    low, high = results["intervals"]["worst_case"]
+    assert low <= robust.mean() <= high
+
+
+def test_outcomes_and_adversarial_images_tell_what_happened_to_each_example(evaluated, workdir):
+    results, out = evaluated
+    outcomes = np.load(out / "outcomes.npz", allow_pickle=False)
+    found = np.load(out / "adversarial.npz", allow_pickle=False)
+    run = loading.load_run(workdir, num_examples=50)
+    np.testing.assert_array_equal(outcomes["ids"], run.test_set.ids)
+    np.testing.assert_array_equal(outcomes["labels"], run.test_set.labels)
+    right, robust = outcomes["clean_correct"], outcomes["worst_case"]
+    assert right.mean() == pytest.approx(results["clean_accuracy"])
+    np.testing.assert_array_equal(right, outcomes["predicted"] == outcomes["labels"])
+    rows = found["rows"]
+    np.testing.assert_array_equal(rows, np.flatnonzero(right & ~robust))
+    assert len(rows) > 3
+    names = SPECS.split(",")
+    np.testing.assert_array_equal(found["attacks"], names)
+    # The first attack in order is named, and its own image kept.
+    broken = np.stack([right & ~outcomes[f"robust/{name}"] for name in names])
+    np.testing.assert_array_equal(found["attack"], np.argmax(broken[:, rows], axis=0))
+    assert results["first_broken_by"] == {
+        name: np.sum(found["attack"] == number) for number, name in enumerate(names)
+    }
+    logits = run.apply(run.params, run.model_state, {}, found["images"])[0]
+    np.testing.assert_array_equal(np.argmax(logits, axis=1), found["reached"])
+    assert np.all(found["reached"] != run.test_set.labels[rows])
+    assert np.all(found["margin"] >= 0)
+    change = np.abs(found["images"] - run.test_set.images[rows]).max(axis=(1, 2, 3))
+    np.testing.assert_allclose(change, found["distance"], atol=1e-6)
+    assert change.max() <= 0.15 * (1 + 1e-5)
+    for name in names:
+        assert results["verification"][name] == {
+            "num_successes": 50 - np.sum(outcomes[f"robust/{name}"]),
+            "not_misled": 0,
+            "outside": 0,
+            "other_distance": 0,
+        }
+
+
+def test_one_attack_after_another_says_the_same_of_the_worst_case(evaluated, workdir, tmp_path):
+    results, out = evaluated
+    sequential = evaluate.evaluate(flags_for(workdir, tmp_path, mode="sequential"))
+    assert sequential["robust_accuracy"]["worst_case"] == results["robust_accuracy"]["worst_case"]
+    first, second = SPECS.split(",")
+    alone, after = np.load(out / "outcomes.npz"), np.load(tmp_path / "outcomes.npz")
+    np.testing.assert_array_equal(after["worst_case"], alone["worst_case"])
+    # The second attack sees what the first left, and costs as much less.
+    np.testing.assert_array_equal(after[f"attacked/{second}"], alone[f"robust/{first}"])
+    assert sequential["counts"][second]["num_forwards"] < results["counts"][second]["num_forwards"]
+    assert sequential["robust_accuracy"][second] == sequential["robust_accuracy"]["worst_case"]
+    assert sequential["first_broken_by"] == results["first_broken_by"]
+
+
+def test_more_examples_take_over_whole_chunks(evaluated, workdir, tmp_path, monkeypatch):
+    evaluate.evaluate(flags_for(workdir, tmp_path))
+    saved = []
+    save = records.Records.save
+
+    def count(self, attack, first, last, record):
+        saved.append((attack, first, last))
+        save(self, attack, first, last, record)
+
+    monkeypatch.setattr(records.Records, "save", count)
+    evaluate.evaluate(flags_for(workdir, tmp_path, num_examples=60))
+    assert saved == [(spec, 48, 59) for spec in SPECS.split(",")]
+    again = np.load(tmp_path / "outcomes.npz")
+    before = np.load(evaluated[1] / "outcomes.npz")
+    for name in before.files:
+        np.testing.assert_array_equal(again[name][:48], before[name][:48], name)
 
 
 def test_minimum_norms_ensembles_and_feature_attacks(workdir, tmp_path):
@@ -78,6 +152,7 @@ def test_minimum_norms_ensembles_and_feature_attacks(workdir, tmp_path):
     flags = flags_for(workdir, tmp_path, attacks=f"deepfool:num_steps=10,{custom},{features}")
     results = evaluate.evaluate(flags)
     parts = [np.load(path) for path in sorted((tmp_path / "records").glob("deepfool*/*.npz"))]
+    assert len(parts) == 2
     success, distance = (
         np.concatenate([part[name] for part in parts]) for name in ("success", "distance")
     )
@@ -88,7 +163,12 @@ def test_minimum_norms_ensembles_and_feature_attacks(workdir, tmp_path):
     assert set(found) == {"deepfool:num_steps=10"}
     right = ~(success & (distance == 0))
     assert right.mean() == pytest.approx(results["clean_accuracy"])
+    cdf = np.array(found["deepfool:num_steps=10"].pop("cdf"))
+    assert np.all(np.diff(cdf, axis=0) >= 0)
+    np.testing.assert_allclose(cdf[-1], [distance[right & success].max(), success[right].mean()])
     assert found["deepfool:num_steps=10"] == {
+        "norm": "linf",
+        "num_examples": right.sum(),
         "success_rate": pytest.approx(success[right].mean()),
         "median": pytest.approx(np.median(np.where(success, distance, np.inf)[right])),
         "mean_of_successes": pytest.approx(distance[right & success].mean()),
@@ -106,43 +186,86 @@ def test_geometry_covers_every_layer_and_curves_end_at_the_whole_box(evaluated):
     for values in results["layers"].values():
         assert -1 <= values["alignment_mean"] <= 1
         assert values["radial_degree_median"] == pytest.approx(1, abs=1e-3)
-    points = results["curve"]["points"]
-    assert points[0] == {"epsilon": 0.0, "accuracy": results["clean_accuracy"]}
-    assert points[-1]["epsilon"] == 1.0
+    assert [curve["attack"].split(":")[0] for curve in results["curves"]] == ["apgd-ce", "square"]
+    for curve in results["curves"]:
+        points = curve["points"]
+        assert points[0] == {"epsilon": 0.0, "accuracy": results["clean_accuracy"]}
+        assert points[-1]["epsilon"] == 1.0
     directions = results["directions"]
     assert len(directions["lengths"]) == len(directions["median_log_odds"]["radial"])
     middle = directions["lengths"].index(0.0)
     assert len({round(curve[middle], 4) for curve in directions["median_log_odds"].values()}) == 1
 
 
-def test_a_stopped_evaluation_goes_on_where_it_was(evaluated, workdir, tmp_path, monkeypatch):
-    results, _ = evaluated
+@pytest.mark.parametrize("num_writes", [1, 4])
+def test_a_stopped_evaluation_goes_on_where_it_was(
+    num_writes, evaluated, workdir, tmp_path, monkeypatch
+):
+    results, out = evaluated
     flags = flags_for(workdir, tmp_path)
-    save, saved = records.Records.save, []
+    write, written = records._write, []
 
-    def save_two(self, *args):
-        if len(saved) == 2:
+    def write_some(path, arrays):
+        if len(written) == num_writes:
             raise KeyboardInterrupt
-        saved.append(args[0])
-        save(self, *args)
+        written.append(path)
+        write(path, arrays)
 
-    monkeypatch.setattr(records.Records, "save", save_two)
+    monkeypatch.setattr(records, "_write", write_some)
     with pytest.raises(KeyboardInterrupt):
         evaluate.evaluate(flags)
     assert not (tmp_path / "results.json").exists()
-    recomputed = []
+    first_written, again = list(written), []
 
-    def save_counted(self, *args):
-        recomputed.append(args[0])
-        save(self, *args)
+    def write_counted(path, arrays):
+        again.append(path)
+        write(path, arrays)
 
-    monkeypatch.setattr(records.Records, "save", save_counted)
-    again = evaluate.evaluate(flags)
-    assert len(recomputed) == 2
-    ignored = ("seconds",)
-    assert {k: v for k, v in again.items() if k not in ignored} == {
-        k: v for k, v in results.items() if k not in ignored
+    monkeypatch.setattr(records, "_write", write_counted)
+    resumed = evaluate.evaluate(flags)
+    assert not set(again) & set(first_written)
+    assert {k: v for k, v in resumed.items() if k != "seconds"} == {
+        k: v for k, v in results.items() if k != "seconds"
     }
+    for name in ("outcomes", "adversarial"):
+        one, other = (np.load(folder / f"{name}.npz") for folder in (tmp_path, out))
+        assert one.files == other.files
+        for field in one.files:
+            np.testing.assert_array_equal(one[field], other[field], field)
+
+
+def test_a_full_disk_loses_nothing(evaluated, workdir, tmp_path, monkeypatch):
+    write, written = records._write, []
+
+    def write_until_full(path, arrays):
+        if len(written) == 3:
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        write(path, arrays)
+
+    monkeypatch.setattr(records, "_write", write_until_full)
+    with pytest.raises(OSError, match="No space left"):
+        evaluate.evaluate(flags_for(workdir, tmp_path))
+    kept = {path: path.read_bytes() for path in written if path.exists()}
+    assert kept
+    monkeypatch.setattr(records, "_write", write)
+    resumed = evaluate.evaluate(flags_for(workdir, tmp_path))
+    assert resumed["robust_accuracy"] == evaluated[0]["robust_accuracy"]
+
+
+def test_diagnostics_are_quick_full_or_off(evaluated, workdir, tmp_path):
+    off = {entry["id"]: entry["status"] for entry in evaluated[0]["diagnostics"]}
+    assert off["D2"] == off["D20"] == "NA"
+    assert off["D1"] != "NA"
+    specs = "fgsm,apgd-ce:num_steps=5"
+    results = evaluate.evaluate(
+        flags_for(workdir, tmp_path, attacks=specs, diagnostics="quick", num_examples=24)
+    )
+    quick = {entry["id"]: entry["status"] for entry in results["diagnostics"]}
+    for identifier in ("D2", "D7", "D9", "D12", "D14", "D17", "D20", "D22", "D23"):
+        assert quick[identifier] != "NA", identifier
+    assert results["binarization"]["attack"] == "apgd-ce:num_steps=5"
+    assert results["probes"]
 
 
 def test_records_of_another_evaluation_are_refused(evaluated, workdir):
@@ -158,7 +281,6 @@ def test_the_report_is_one_self_contained_page(evaluated):
     page = (out / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
-    assert page.count("data:image/svg+xml;base64,") == 4
     assert "tiny: " in page
     assert "<script" not in page
 
@@ -212,7 +334,9 @@ def test_compare_prints_one_table_and_refuses_what_does_not_compare(
         ({"norm": "linff"}, ValueError, "norm='linff'.*Did you mean 'linf'"),
         ({"num_examples": 0}, ValueError, "num_examples=0"),
         ({"batch_size": -1}, ValueError, "batch_size=-1"),
-        ({"checkpoint": "17"}, FileNotFoundError, r"checkpoint='17' does not exist.*\[30\]"),
+        ({"mode": "parallel"}, ValueError, "mode='parallel' is not one of"),
+        ({"diagnostics": "some"}, ValueError, "diagnostics='some' is not one of"),
+        ({"checkpoint": "17"}, FileNotFoundError, r"checkpoint='17' does not exist.*\[150\]"),
     ],
 )
 def test_bad_flags_are_refused_before_anything_is_written(

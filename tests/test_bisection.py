@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gfa_jax.attacks import bisection
+from gfa_jax import bisection
 
 _order_statistic = jax.jit(bisection.order_statistic)
 _largest_below = jax.jit(lambda limit: bisection.largest_float(lambda t: t <= limit, limit))
