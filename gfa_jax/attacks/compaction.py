@@ -17,6 +17,7 @@ import numpy as np
 from gfa_jax import _validate
 from gfa_jax.attacks import base
 from gfa_jax.attacks.ensemble import Ensemble, merge, newly_broken, nothing_found
+from gfa_jax.attacks.estimators import Estimator
 from gfa_jax.attacks.runs import Attack
 from gfa_jax.types import Array, AttackResult
 
@@ -92,12 +93,10 @@ def attack_in_batches(
         examples["targets"] = np.asarray(targets, np.int32)
 
     def count_classes(member: Attack) -> int:
-        def logits(variables: Any, inputs: Array, keys: Array) -> Array:
-            return member.estimator.logits(functools.partial(apply, variables), inputs, keys)
-
         some_inputs = jax.ShapeDtypeStruct((sizes[-1], *inputs.shape[1:]), inputs.dtype)
         some_keys = jax.ShapeDtypeStruct((sizes[-1],), keys.dtype)
-        num_classes = jax.eval_shape(logits, variables, some_inputs, some_keys).shape[1]
+        logits = _logits.eval_shape(member.estimator, apply, variables, some_inputs, some_keys)
+        num_classes: int = logits.shape[1]
         for name in set(examples) - {"inputs"}:
             base.check_classes(examples[name], num_classes, name)
         return num_classes
@@ -176,6 +175,16 @@ def _batches(
         chosen, indices = indices[:bucket], indices[bucket:]
         active = np.arange(bucket) < len(chosen)
         yield np.concatenate([chosen, np.repeat(chosen[:1], bucket - len(chosen))]), active
+
+
+def _logits_fn(
+    estimator: Estimator, apply: ApplyVariables, variables: Any, inputs: Array, keys: Array
+) -> Array:
+    return estimator.logits(functools.partial(apply, variables), inputs, keys)
+
+
+# Compiled never; but what was traced once is not traced again.
+_logits = jax.jit(_logits_fn, static_argnames=("estimator", "apply"))
 
 
 def _attack_batch_fn(
