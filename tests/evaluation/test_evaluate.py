@@ -15,17 +15,20 @@ from gfa_jax.training import checkpoint, loop
 SPECS = "fgsm,pgd-margin:num_steps=3:num_restarts=2"
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    """A run of a few steps."""
-    path = tmp_path_factory.mktemp("runs") / "tiny"
+def tiny_config():
+    """A run of some steps."""
     base = smoke.get_config()
-    config = dataclasses.replace(
+    return dataclasses.replace(
         base,
         train_steps=150,
         loop=dataclasses.replace(base.loop, eval_every=0, eval_attack_steps=0),
     )
-    loop.train_and_evaluate(config, path)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "tiny"
+    loop.train_and_evaluate(tiny_config(), path)
     return path
 
 
