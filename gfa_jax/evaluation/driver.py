@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gfa_jax import attacks, data, losses
+from gfa_jax import attacks, data, losses, norms
 from gfa_jax.attacks.base import is_misclassified
 from gfa_jax.evaluation import (
     binarization,
@@ -26,7 +26,7 @@ from gfa_jax.evaluation.subject import INPUT, Subject, box_radius
 from gfa_jax.threat import ThreatModel
 from gfa_jax.training import step
 from gfa_jax.training.progress import Progress
-from gfa_jax.types import Array, AttackResult
+from gfa_jax.types import Array, AttackResult, LogitsFn
 
 LEVELS = ("off", "quick", "full")
 """How long to look for signs of masked gradients."""
@@ -589,6 +589,13 @@ class Evaluation:
                     lengths=jnp.asarray(LENGTHS, jnp.float32),
                 ),
                 "clean_predictions": jnp.argmax(apply_fn({}, inputs)[0], axis=1),
+                "surface": self._surface(
+                    lambda x: apply_fn({}, x)[0],
+                    key,
+                    inputs,
+                    labels,
+                    batch["adversarial"][shown_spec],
+                ),
             }
 
         given = {
@@ -627,6 +634,17 @@ class Evaluation:
                 },
             },
         }
+        seen = attacked[shown_spec]
+        if seen.any():
+            results["loss_surface"] = {
+                "lengths": list(SURFACE_LENGTHS),
+                "unit": "epsilon",
+                "axes": [f"along {shown_spec}", "random direction"],
+                "num_examples": int(seen.sum()),
+                "median_log_odds": [
+                    [_median(values) for values in row] for row in measured["surface"][..., seen]
+                ],
+            }
         rows = slice(0, min(_SHOWN_EXAMPLES, size))
         shown = {
             "clean": np.asarray(data.to_float(batch["inputs"]))[rows],
@@ -637,6 +655,29 @@ class Evaluation:
             "labels": batch["labels"][rows],
         }
         return results, shown
+
+    def _surface(
+        self, logits_fn: LogitsFn, key: Array, inputs: Array, labels: Array, adv_inputs: Array
+    ) -> Array:
+        """Returns the log-odds over the plane of an attack and of a random direction.
+
+        Both have the threat norm epsilon; the plane of an example that the attack failed on means
+        nothing.
+        """
+        change = adv_inputs - inputs
+        length = norms.vector_norm(change, self._threat.norm)
+        along = change / norms.expand(jnp.where(length > 0, length, 1), change)
+        noise = jax.random.normal(key, inputs.shape, inputs.dtype)
+        across = self._threat.steepest_step(inputs, noise)
+        return geometry.loss_surface(
+            logits_fn,
+            inputs,
+            labels,
+            float(self._threat.epsilon) * along,
+            float(self._threat.epsilon) * across,
+            jnp.asarray(SURFACE_LENGTHS, jnp.float32),
+            bounds=self._threat.bounds,
+        )
 
 
 def _first_broken(broken: Mapping[str, np.ndarray], clean_correct: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 import gfa_jax
 from gfa_jax import _validate, attacks, cli, files, norms
 from gfa_jax.attacks.estimators import Estimator
-from gfa_jax.evaluation import driver, loading, records, report, subject
+from gfa_jax.evaluation import driver, loading, memory, records, report, subject
 from gfa_jax.threat import ThreatModel
 from gfa_jax.training import loop
 from gfa_jax.types import Array
@@ -215,6 +216,9 @@ def _evaluate(
             )
     num_devices = model.mesh.size
     batch_size = -(-min(settings.batch_size, len(model.test_set)) // num_devices) * num_devices
+    needed = memory.estimate(model, batch_size)
+    needed.check(batch_size)
+    print(f"{model.name}: {needed.text}", file=sys.stderr)
     header = {
         "weights_hash": model.weights_hash,
         "config_hash": hashlib.sha256(

@@ -31,6 +31,12 @@ def _encode(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def _text(name: object) -> str:
+    """Returns a name as Matplotlib shows it: no formula, and in legends despite an underscore."""
+    text = str(name).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
 def _number(value: float | None) -> float:
     """Returns the value, or NaN, which leaves a gap, for a missing one."""
     return np.nan if value is None else value
@@ -67,7 +73,7 @@ def accuracy_against_epsilon(runs: Sequence[Results]) -> str:
     figure = Figure(figsize=(7, 3.6))
     axes = figure.subplots()
     for number, run in enumerate(runs):
-        for curve, line in zip(run["curves"], _LINES, strict=False):
+        for curve, line in zip(run["curves"], itertools.cycle(_LINES), strict=False):
             axes.plot(
                 [point["epsilon"] for point in curve["points"]],
                 [100 * point["accuracy"] for point in curve["points"]],
@@ -75,7 +81,7 @@ def accuracy_against_epsilon(runs: Sequence[Results]) -> str:
                 marker=_MARKERS[number % len(_MARKERS)],
                 linestyle=line,
                 markersize=4,
-                label=f"{run['name']}, {_attack_name(curve['attack'])}",
+                label=_text(f"{run['name']}, {_attack_name(curve['attack'])}"),
             )
     threat = runs[0]["threat"]
     _mark_epsilon(axes, threat["epsilon"])
@@ -111,7 +117,7 @@ def minimum_norms(runs: Sequence[Results]) -> str | None:
                 where="post",
                 color=COLORS[number % len(COLORS)],
                 linestyle=line,
-                label=f"{run['name']}, {_attack_name(spec)}",
+                label=_text(f"{run['name']}, {_attack_name(spec)}"),
             )
     threat = runs[0]["threat"]
     _mark_epsilon(axes, threat["epsilon"])
@@ -140,7 +146,7 @@ def layer_alignment(runs: Sequence[Results]) -> str:
                 values,
                 height,
                 color=COLORS[number % len(COLORS)],
-                label=run["name"],
+                label=_text(run["name"]),
             )
         axes.axvline(0, color="#444444", linewidth=0.8)
         _style(axes)
@@ -170,11 +176,50 @@ def loss_along_directions(runs: Sequence[Results]) -> str:
                 label=label,
             )
         axes.axhline(0, color="#888888", linewidth=0.8, linestyle="--")
-        axes.set_title(str(run["name"]), fontsize=10)
+        axes.set_title(_text(run["name"]), fontsize=10)
         axes.set_xlabel("length / |feature|")
         _style(axes)
     panels[0].set_ylabel("median log-odds of being wrong")
     panels[0].legend(frameon=False, fontsize=8)
+    return _encode(figure)
+
+
+def loss_surface(results: Results) -> str | None:
+    """Draws the median log-odds of being wrong over the plane of an attack and of chance.
+
+    Returns:
+      The picture, or ``None`` where the attack broke none of the examples.
+    """
+    if "loss_surface" not in results:
+        return None
+    surface = results["loss_surface"]
+    heights = np.array([[_number(value) for value in row] for row in surface["median_log_odds"]])
+    highest = float(np.nanmax(np.abs(heights)))
+    limit = highest if np.isfinite(highest) and highest > 0 else 1.0
+    figure = Figure(figsize=(4.6, 3.8))
+    axes = figure.subplots()
+    # Rows of the picture are along axis 0 of what is drawn: the random direction.
+    filled = axes.contourf(
+        surface["lengths"],
+        surface["lengths"],
+        heights.T,
+        levels=np.linspace(-limit, limit, 25),
+        cmap="RdBu_r",
+    )
+    if heights.min() < 0 < heights.max():
+        axes.contour(
+            surface["lengths"],
+            surface["lengths"],
+            heights.T,
+            levels=[0],
+            colors="black",
+            linewidths=1.2,
+        )
+    axes.plot(0, 0, marker="o", color="black", markersize=4)
+    axes.set_xlabel(f"{surface['axes'][0].split(':')[0]}, in {surface['unit']}")
+    axes.set_ylabel(f"{surface['axes'][1]}, in {surface['unit']}")
+    axes.set_title(_text(results["name"]), fontsize=10)
+    figure.colorbar(filled, ax=axes, label="median log-odds of being wrong")
     return _encode(figure)
 
 
@@ -214,5 +259,5 @@ def image_grid(results: Results, examples: Mapping[str, np.ndarray]) -> str:
                     labelpad=2,
                 )
         grid[row, 0].set_ylabel(title, fontsize=8)
-    figure.suptitle(str(results["name"]), fontsize=10)
+    figure.suptitle(_text(results["name"]), fontsize=10)
     return _encode(figure)

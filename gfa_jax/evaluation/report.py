@@ -68,6 +68,11 @@ def accuracy_columns(runs: Sequence[Results]) -> list[str]:
     ]
 
 
+_SHOWN = (
+    *("clean_accuracy", "robust_accuracy", "intervals", "first_broken_by", "members"),
+    *("minimum_norm", "curves", "layers", "directions", "geometry", "diagnostics"),
+    *("verification", "counts", "threat", "data", "num_examples", "versions", "mode"),
+)
 _STATUSES = ("FAIL", "WARN", "PASS", "NA")
 
 
@@ -112,6 +117,7 @@ def load_evaluation(directory: pathlib.Path) -> tuple[Results, Examples]:
 
     Raises:
       FileNotFoundError: for a folder without results, saying how to make them.
+      ValueError: for results of an older version, which lack what is shown.
     """
     path = directory / "results.json"
     if not path.is_file():
@@ -119,9 +125,16 @@ def load_evaluation(directory: pathlib.Path) -> tuple[Results, Examples]:
             f"{str(directory)!r} holds no results.json: run eval.py first, and give its --out "
             "folder."
         )
+    results = files.read_json(path)
+    missing = [field for field in _SHOWN if field not in results]
+    if missing:
+        raise ValueError(
+            f"{str(path)!r} was written by an older version and lacks {', '.join(missing)}: "
+            "evaluate again in another --out folder."
+        )
     with np.load(directory / "examples.npz", allow_pickle=False) as stored:
         examples = {name: stored[name] for name in stored.files}
-    return files.read_json(path), examples
+    return results, examples
 
 
 def write_report(evaluations: Sequence[tuple[Results, Examples]], path: pathlib.Path) -> None:
@@ -153,6 +166,7 @@ def write_report(evaluations: Sequence[tuple[Results, Examples]], path: pathlib.
             "minimum_norms": plots.minimum_norms(runs),
             "layers": plots.layer_alignment(runs),
             "directions": plots.loss_along_directions(runs),
+            "surfaces": [plots.loss_surface(run) for run in runs],
             "images": [plots.image_grid(results, examples) for results, examples in evaluations],
         },
     )

@@ -176,6 +176,9 @@ def test_minimum_norms_ensembles_and_feature_attacks(workdir, tmp_path):
         "median": pytest.approx(np.median(np.where(success, distance, np.inf)[right])),
         "mean_of_successes": pytest.approx(distance[right & success].mean()),
     }
+    page = (tmp_path / "report.html").read_text()
+    assert "Smallest perturbations" in page
+    assert f"within {custom}: apgd-ce" in page
     broken = results["members"][custom]
     assert set(broken) == {"apgd-ce", "square"}
     share = results["clean_accuracy"] - results["robust_accuracy"][custom]
@@ -194,6 +197,12 @@ def test_geometry_covers_every_layer_and_curves_end_at_the_whole_box(evaluated):
         points = curve["points"]
         assert points[0] == {"epsilon": 0.0, "accuracy": results["clean_accuracy"]}
         assert points[-1]["epsilon"] == 1.0
+    surface = results["loss_surface"]
+    heights = np.array(surface["median_log_odds"])
+    assert heights.shape == (len(surface["lengths"]),) * 2
+    origin, one = surface["lengths"].index(0.0), surface["lengths"].index(1.0)
+    # Right at the image, wrong where the attack ends: one epsilon along it.
+    assert heights[origin, origin] < 0 < heights[one, origin]
     directions = results["directions"]
     assert len(directions["lengths"]) == len(directions["median_log_odds"]["radial"])
     middle = directions["lengths"].index(0.0)
@@ -280,11 +289,19 @@ def test_records_of_another_evaluation_are_refused(evaluated, workdir):
 
 
 def test_the_report_is_one_self_contained_page(evaluated):
-    _, out = evaluated
+    results, out = evaluated
     page = (out / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
     assert "tiny: " in page
+    # Sections of what was not measured are left out.
+    assert "Loss around an image" in page
+    assert "Smallest perturbations" not in page
+    low, high = results["intervals"]["worst_case"]
+    worst = results["robust_accuracy"]["worst_case"]
+    assert f"{100 * worst:.1f} ({100 * low:.1f}-{100 * high:.1f})" in page
+    for entry in results["diagnostics"]:
+        assert f"<td>{entry['id']}</td>" in page
     assert "<script" not in page
 
 
