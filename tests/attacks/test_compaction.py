@@ -215,8 +215,8 @@ class TestScriptedAttacks:
             on_batch=lambda *what: told.append(what),
         )
         assert told == [
-            *(("1/4", 4, 10), ("1/4", 8, 10), ("1/4", 10, 10)),
-            *(("2/4", 3, 3), ("3/4", 3, 3)),
+            *(("1/4", done, 10) for done in (4, 8, 9, 10)),
+            *(("2/4", 3, 3), ("3/4", 3, 3)),  # three quarters of a batch
         ]
         told.clear()
         attack = ensemble.Ensemble(THREAT, {"first": scripted(stop="never"), "last": scripted()})
@@ -229,7 +229,8 @@ class TestScriptedAttacks:
             batch_size=16,
             on_batch=lambda *what: told.append(what),
         )
-        assert told == [("first", 10, 10), *((f"last {i}/4", 3, 3) for i in range(1, 5))]
+        first = [("first", done, 10) for done in (4, 8, 9, 10)]
+        assert told == [*first, *((f"last {i}/4", 3, 3) for i in range(1, 5))]
 
     @pytest.mark.parametrize("size", [3, 13])
     def test_batches_are_spread_over_devices(self, size, monkeypatch):
@@ -407,8 +408,8 @@ class TestBuckets:
             assert len(chosen) in (16, 4, 1)
             assert np.all(np.isin(chosen, indices))
             assert active[0]
-            # No smaller bucket would have done.
-            assert len(chosen) == 1 or np.sum(active) > len(chosen) // 4
+            # Little of a batch is padding on CPU.
+            assert len(chosen) == 1 or np.sum(active) >= 0.75 * len(chosen)
             seen.extend(chosen[active])
         np.testing.assert_array_equal(seen, indices)
 
