@@ -117,7 +117,6 @@ def load_evaluation(directory: pathlib.Path) -> tuple[Results, Examples]:
 
     Raises:
       FileNotFoundError: for a folder without results, saying how to make them.
-      ValueError: for results of an older version, which lack what is shown.
     """
     path = directory / "results.json"
     if not path.is_file():
@@ -125,16 +124,9 @@ def load_evaluation(directory: pathlib.Path) -> tuple[Results, Examples]:
             f"{str(directory)!r} holds no results.json: run eval.py first, and give its --out "
             "folder."
         )
-    results = files.read_json(path)
-    missing = [field for field in _SHOWN if field not in results]
-    if missing:
-        raise ValueError(
-            f"{str(path)!r} was written by an older version and lacks {', '.join(missing)}: "
-            "evaluate again in another --out folder."
-        )
     with np.load(directory / "examples.npz", allow_pickle=False) as stored:
         examples = {name: stored[name] for name in stored.files}
-    return results, examples
+    return files.read_json(path), examples
 
 
 def write_report(evaluations: Sequence[tuple[Results, Examples]], path: pathlib.Path) -> None:
@@ -143,8 +135,18 @@ def write_report(evaluations: Sequence[tuple[Results, Examples]], path: pathlib.
     Args:
       evaluations: results and shown examples of each run.
       path: of the page.
+
+    Raises:
+      ValueError: for results of an older version, which lack what is shown.
     """
     runs = [results for results, _ in evaluations]
+    for run in runs:
+        missing = [field for field in _SHOWN if field not in run]
+        if missing:
+            raise ValueError(
+                f"the results of {run['name']!r} were written by an older version and lack "
+                f"{', '.join(missing)}: evaluate again in another --out folder."
+            )
     rows = accuracy_rows(runs)
     names = ["clean", *attack_names(runs)]
     environment = jinja2.Environment(
