@@ -24,14 +24,7 @@ import rich.table
 import tyro
 
 from gfa_jax import cli, files
-from gfa_jax.evaluation import intervals, report
-
-Outcomes = Mapping[str, np.ndarray]
-"""What ``outcomes.npz`` holds: ``ids``, ``labels``, ``clean_correct``, ``worst_case``, and for each
-attack ``robust/...``, ``distance/...`` and ``success/...``, each ``[N]``."""
-
-CONFIDENCE = 0.95
-"""Of all intervals."""
+from gfa_jax.evaluation import comparison_tables, report
 
 _NOTES = (
     "In brackets: intervals of 95 %, over test images alone. They leave out how another seed of "
@@ -59,7 +52,7 @@ class Comparison(NamedTuple):
     """
 
     runs: list[dict[str, Any]]
-    outcomes: Sequence[Outcomes]
+    outcomes: Sequence[comparison_tables.Outcomes]
     examples: list[report.Examples]
 
 
@@ -158,156 +151,13 @@ def load_outcomes(directory: pathlib.Path, results: report.Results) -> dict[str,
             )
     stated = {"clean": results["clean_accuracy"], **results["robust_accuracy"]}
     for name, accuracy in stated.items():
-        found = float(np.mean(_right(outcomes, name)))
+        found = float(np.mean(comparison_tables.was_right(outcomes, name)))
         if not math.isclose(found, accuracy, abs_tol=1e-6):
             raise ValueError(
                 f"{str(path)!r} does not belong to results.json beside it: the accuracy {name!r} "
                 f"is {found} here and {accuracy} there; {again}"
             )
     return outcomes
-
-
-def _right(outcomes: Outcomes, name: str) -> np.ndarray:
-    """Returns which examples are right: ``clean``, under an attack, or in the ``worst_case``."""
-    keys = {"clean": "clean_correct", "worst_case": "worst_case"}
-    return outcomes[keys.get(name, f"robust/{name}")]
-
-
-def _accuracies(runs: Sequence[report.Results]) -> list[str]:
-    return ["clean", *report.attack_names(runs)]
-
-
-def _finite(value: float) -> float | None:
-    """JSON holds finite numbers only."""
-    return value if math.isfinite(value) else None
-
-
-def accuracy_table(
-    runs: Sequence[report.Results], outcomes: Sequence[Outcomes]
-) -> list[dict[str, Any]]:
-    """Returns for each run and accuracy ``accuracy`` in [0, 1] with Wilson's ``low`` and ``high``.
-
-    The accuracies (``attack``) are ``clean``, each attack, and ``worst_case``.
-    """
-    rows = []
-    for run, found in zip(runs, outcomes, strict=True):
-        for name in _accuracies(runs):
-            right = _right(found, name)
-            num_correct = int(right.sum())
-            low, high = intervals.wilson(num_correct, len(right), CONFIDENCE)
-            rows.append(
-                {
-                    "run": run["name"],
-                    "attack": name,
-                    "num_correct": num_correct,
-                    "num_examples": len(right),
-                    "accuracy": num_correct / len(right),
-                    "low": low,
-                    "high": high,
-                }
-            )
-    return rows
-
-
-def difference_table(
-    runs: Sequence[report.Results], outcomes: Sequence[Outcomes]
-) -> list[dict[str, Any]]:
-    """Returns how every other run differs from the first in each accuracy, on the same examples.
-
-    ``difference`` is this run's accuracy less the first's, in [-1, 1], with ``low``, ``high`` and
-    the ``p`` of equal accuracies; ``only_here`` and ``only_first`` count the examples that are
-    right in one of the two alone.
-    """
-    rows = []
-    for run, found in zip(runs[1:], outcomes[1:], strict=True):
-        for name in _accuracies(runs):
-            here, first = _right(found, name), _right(outcomes[0], name)
-            difference, low, high = intervals.paired_difference(here, first, CONFIDENCE)
-            rows.append(
-                {
-                    "run": run["name"],
-                    "first": runs[0]["name"],
-                    "attack": name,
-                    "difference": difference,
-                    "low": low,
-                    "high": high,
-                    "p": intervals.paired_test(here, first),
-                    "only_here": int(np.sum(here & ~first)),
-                    "only_first": int(np.sum(first & ~here)),
-                }
-            )
-    return rows
-
-
-def minimum_norm_table(
-    runs: Sequence[report.Results], outcomes: Sequence[Outcomes]
-) -> list[dict[str, Any]]:
-    """Returns the median smallest perturbation of each run and minimum-norm attack.
-
-    It is over the ``num_inputs`` that are right without an attack and were attacked; failures are
-    infinite, which JSON says as ``None``. ``ratio`` is to the first run's median: ``None`` where
-    one of them is infinite or zero, or the attack left inputs of one of them out (sequential mode).
-    """
-    rows = []
-    for spec in runs[0]["minimum_norm"]:
-        first: float | None = None
-        for number, (run, found) in enumerate(zip(runs, outcomes, strict=True)):
-            right = found["clean_correct"]
-            chosen = right & found.get(f"attacked/{spec}", np.ones_like(right))
-            success = found[f"success/{spec}"][chosen]
-            values = np.where(success, found[f"distance/{spec}"][chosen], np.inf)
-            size = int(values.size)
-            median = _finite(float(np.median(values))) if size else None
-            low, high = (
-                intervals.median_interval(values, CONFIDENCE) if size else (-math.inf, math.inf)
-            )
-            comparable = median if np.array_equal(chosen, right) else None
-            if number == 0:
-                first = comparable
-            rows.append(
-                {
-                    "run": run["name"],
-                    "attack": spec,
-                    "num_inputs": size,
-                    "success_rate": float(success.mean()) if size else None,
-                    "median": median,
-                    # Norms are never negative.
-                    "low": _finite(max(low, 0.0)),
-                    "high": _finite(high),
-                    "ratio": comparable / first if comparable is not None and first else None,
-                }
-            )
-    return rows
-
-
-def diagnostics_table(runs: Sequence[report.Results]) -> list[dict[str, Any]]:
-    """Returns for each diagnostic its ``id``, ``name`` and the ``status`` in each run, in order.
-
-    The status of a run that does not have it is ``None``.
-    """
-    by_run = [{entry["id"]: entry for entry in run["diagnostics"]} for run in runs]
-    entries = {identifier: entry for run in reversed(by_run) for identifier, entry in run.items()}
-    order = dict.fromkeys(identifier for run in by_run for identifier in run)
-    return [
-        {
-            "id": identifier,
-            "name": entries[identifier].get("name", ""),
-            "status": [run.get(identifier, {}).get("status") for run in by_run],
-        }
-        for identifier in order
-    ]
-
-
-def training_table(runs: Sequence[report.Results]) -> list[dict[str, Any]]:
-    """Returns ``steps``, ``examples`` and ``seconds`` of each training; ``None`` if unknown."""
-    fields = ("steps", "examples", "seconds")
-    return [
-        {
-            "run": run["name"],
-            **{field: (run.get("training") or {}).get(field) for field in fields},
-        }
-        for run in runs
-    ]
 
 
 def tables(comparison: Comparison) -> dict[str, Any]:
@@ -317,12 +167,12 @@ def tables(comparison: Comparison) -> dict[str, Any]:
         "runs": [run["name"] for run in runs],
         "verdicts": [report.verdict(run) for run in runs],
         **{field: runs[0][field] for field in ("threat", "data", "num_examples", "attacks")},
-        "confidence": CONFIDENCE,
-        "accuracy": accuracy_table(runs, outcomes),
-        "differences": difference_table(runs, outcomes),
-        "minimum_norms": minimum_norm_table(runs, outcomes),
-        "diagnostics": diagnostics_table(runs),
-        "training": training_table(runs),
+        "confidence": comparison_tables.CONFIDENCE,
+        "accuracy": comparison_tables.accuracy_table(runs, outcomes),
+        "differences": comparison_tables.difference_table(runs, outcomes),
+        "minimum_norms": comparison_tables.minimum_norm_table(runs, outcomes),
+        "diagnostics": comparison_tables.diagnostics_table(runs),
+        "training": comparison_tables.training_table(runs),
     }
 
 
@@ -500,7 +350,7 @@ def main() -> None:
     comparison = cli.run_or_fail(lambda: load(flags.evaluations))
     cli.run_or_fail(lambda: write(comparison, pathlib.Path(flags.out)))
     report.print_table(comparison.runs)
-    print_differences(difference_table(comparison.runs, comparison.outcomes))
+    print_differences(comparison_tables.difference_table(comparison.runs, comparison.outcomes))
     print(f"report: {flags.out}")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import gfa_jax
 from gfa_jax import _validate, attacks, cli, files, norms
 from gfa_jax.attacks.estimators import Estimator
-from gfa_jax.evaluation import driver, loading, memory, records, report, subject
+from gfa_jax.evaluation import driver, loading, masking, memory, records, report, subject
 from gfa_jax.threat import ThreatModel
 from gfa_jax.training import loop
 from gfa_jax.types import Array
@@ -191,7 +191,7 @@ class _Settings(NamedTuple):
 def _settings(specs: str, batch_size: int, mode: str, diagnostics: str, seed: int) -> _Settings:
     _validate.positive_integer(batch_size=batch_size)
     _validate.one_of(MODES, mode=mode)
-    _validate.one_of(driver.LEVELS, diagnostics=diagnostics)
+    _validate.one_of(masking.LEVELS, diagnostics=diagnostics)
     names = [spec.strip() for spec in specs.split(",") if spec.strip()]
     if not names:
         raise ValueError(

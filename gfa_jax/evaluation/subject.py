@@ -1,6 +1,7 @@
 """A classifier under evaluation, whoever trained it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gfa_jax import config as config_lib
-from gfa_jax import data, norms
+from gfa_jax import data, losses, norms
+from gfa_jax.attacks.base import is_misclassified
 from gfa_jax.evaluation import loading
 from gfa_jax.training import step
 from gfa_jax.types import Array, Features, PyTree, Taps
@@ -52,6 +54,42 @@ class Subject:
     def put(self, batch: Mapping[str, PyTree]) -> dict[str, PyTree]:
         """Returns a batch of arrays, spread over the devices."""
         return jax.device_put(dict(batch), step.split(self.mesh))
+
+    @functools.cached_property
+    def _judging(self) -> Callable[[Any, dict[str, Array]], tuple[Array, Array, Array]]:
+        @jax.jit
+        def judge(variables: Any, batch: dict[str, Array]) -> tuple[Array, Array, Array]:
+            logits = self.apply_logits(variables, batch["inputs"])
+            wrong = is_misclassified(logits, batch["labels"])
+            reached = jnp.argmax(logits, axis=1).astype(jnp.int32)
+            return wrong, reached, losses.margin(logits, batch["labels"]).astype(jnp.float32)
+
+        return judge
+
+    def judge(
+        self, inputs: np.ndarray, labels: np.ndarray, batch_size: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns whether images are misclassified, their predicted classes and their margins.
+
+        Args:
+          inputs: float32 ``[N, H, W, C]``, N >= 1.
+          labels: int32 ``[N]``.
+          batch_size: examples on all devices at once, a multiple of their number.
+
+        Returns:
+          ``(wrong bool [N], predicted int32 [N], margin float32 [N])``: the largest other logit
+          minus the label's.
+        """
+        parts = []
+        for first in range(0, len(inputs), batch_size):
+            rows = np.arange(first, first + batch_size)
+            is_real = rows < len(inputs)
+            rows = np.where(is_real, rows, 0)
+            batch = self.put({"inputs": inputs[rows], "labels": labels[rows]})
+            found = jax.device_get(self._judging(self.variables, batch))
+            parts.append([field[is_real] for field in found])
+        wrong, predicted, margin = (np.concatenate(fields) for fields in zip(*parts, strict=True))
+        return wrong, predicted, margin
 
 
 def from_run(run: loading.LoadedRun, name: str) -> Subject:

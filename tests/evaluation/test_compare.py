@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from gfa_jax.evaluation import compare, report
+from gfa_jax.evaluation import compare, comparison_tables, report
 
 CLEAN = np.array([1] * 16 + [0] * 4, bool)
 HERE = np.array([1] * 12 + [0] * 8, bool)
@@ -135,7 +135,7 @@ def test_the_page_must_be_html(tmp_path):
 def test_printed_differences_keep_their_brackets(tmp_path, capsys):
     runs = [write_run(tmp_path / "a", "first"), write_run(tmp_path / "b", "second", CLEAN)]
     found = compare.load(runs)
-    compare.print_differences(compare.difference_table(found.runs, found.outcomes))
+    compare.print_differences(comparison_tables.difference_table(found.runs, found.outcomes))
     printed = capsys.readouterr().out
     assert "difference to first" in printed
     assert "[" in printed

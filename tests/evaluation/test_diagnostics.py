@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from gfa_jax.evaluation import diagnostics
+from gfa_jax.evaluation import diagnostics, judgement
 
 
 def some_right(*accuracies):
@@ -65,7 +65,7 @@ def diagnose(robust=ROBUST, **changes):
 
 def test_a_sound_evaluation_passes():
     entries, suspected = diagnose()
-    assert list(entries) == list(diagnostics.NAMES)
+    assert list(entries) == list(judgement.NAMES)
     statuses = {identifier: entry["status"] for identifier, entry in entries.items()}
     missing = {identifier for identifier, status in statuses.items() if status == "NA"}
     assert missing == {"D6", "D18", "D24"}
@@ -78,7 +78,7 @@ def test_a_sound_evaluation_passes():
 
 def test_what_is_not_given_is_not_judged():
     found = diagnostics.diagnose({})
-    assert [entry["id"] for entry in found] == list(diagnostics.NAMES)
+    assert [entry["id"] for entry in found] == list(judgement.NAMES)
     assert {entry["status"] for entry in found} == {"NA"}
     assert not diagnostics.masking_suspected(found)
 

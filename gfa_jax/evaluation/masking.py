@@ -1,0 +1,147 @@
+"""Looks for signs that gradients are masked: measures, and has the numbers judged."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gfa_jax import attacks, data
+from gfa_jax.evaluation import binarization, diagnostics, judgement, probing
+from gfa_jax.evaluation.outcomes import Outcome
+from gfa_jax.evaluation.subject import INPUT, Subject, box_radius
+from gfa_jax.threat import ThreatModel
+from gfa_jax.training import step
+from gfa_jax.training.progress import Progress
+from gfa_jax.types import Array
+
+LEVELS = ("off", "quick", "full")
+"""How long to look."""
+
+_PROBED = {"quick": 500, "full": 1000}
+_PLANTED = {"quick": 64, "full": 512}
+_MAX_FEATURES = 1024
+
+
+def diagnose(
+    subject: Subject,
+    threat: ThreatModel,
+    key: Array,
+    batch_size: int,
+    built: Mapping[str, attacks.Attack | attacks.Ensemble],
+    robust: Mapping[str, np.ndarray],
+    outcomes: Mapping[str, Outcome],
+    clean_correct: np.ndarray,
+    curves: list[dict[str, Any]],
+    worst: np.ndarray,
+    level: str,
+) -> tuple[list[judgement.Diagnostic], dict[str, Any]]:
+    """Returns the judged diagnostics, and what was probed for them, JSON-ready.
+
+    Args:
+      subject: the classifier.
+      threat: norm, box and radius.
+      key: typed PRNG key of all draws.
+      batch_size: examples on all devices at once, a multiple of their number.
+      built: attacks by their spec.
+      robust: what stayed right under each, bool ``[N]``; empty where attacks do not compare.
+      outcomes: of each attack.
+      clean_correct: bool ``[N]``.
+      curves: from ``curves.accuracy_curves``.
+      worst: what stayed right under all attacks, bool ``[N]``.
+      level: one of ``LEVELS``.
+    """
+    probed: dict[str, Any] = {}
+    if level != "off":
+        probed["probes"] = _probe(subject, threat, key, batch_size, level, worst)
+        probed["binarization"] = _plant(subject, key, built, level)
+    zero, total = (
+        sum(int(outcome[field].sum()) for outcome in outcomes.values())
+        for field in ("num_zero_gradients", "num_backwards")
+    )
+    judged = diagnostics.diagnose(
+        robust,
+        curves={
+            curve["attack"]: [(point["epsilon"], point["accuracy"]) for point in curve["points"]]
+            for curve in curves
+        },
+        curve_examples=curves[0]["num_examples"],
+        box=box_radius(threat.norm, threat.bounds, subject.test_set.image_shape),
+        epsilon=float(threat.epsilon),
+        zero_gradient_share=zero / max(total, 1),
+        num_classes=subject.test_set.num_classes,
+        minimum_norms={
+            spec: (outcome["success"], outcome["distance"], clean_correct)
+            for spec, outcome in outcomes.items()
+            if built[spec].keep == "closest" and outcome["attacked"].all()
+        },
+        **probed,
+    )
+    return judged, probed
+
+
+def _probe(
+    subject: Subject,
+    threat: ThreatModel,
+    key: Array,
+    batch_size: int,
+    level: str,
+    worst: np.ndarray,
+) -> dict[str, Any]:
+    size = min(len(worst), _PROBED[level])
+    inputs = np.asarray(data.to_float(subject.test_set.images[:size]))
+    progress = Progress("signs of masked gradients", 1)
+    try:
+        return probing.measure(
+            jax.tree_util.Partial(subject.apply_logits, subject.variables),
+            attacks.example_keys(key, jnp.asarray(subject.test_set.ids[:size])),
+            inputs,
+            subject.test_set.labels[:size],
+            threat,
+            level=level,
+            survived=worst[:size],
+            batch_size=batch_size,
+            sharding=step.split(subject.mesh),
+        )
+    finally:
+        progress.close()
+
+
+def _plant(
+    subject: Subject, key: Array, built: Mapping[str, attacks.Attack | attacks.Ensemble], level: str
+) -> dict[str, Any] | None:
+    """Makes the binarisation test of the first gradient attack inside the ball."""
+    parts = ((spec, part) for spec, attack in built.items() for part in attack.parts().values())
+    suited = [
+        (spec, part)
+        for spec, part in parts
+        if part.keep == "best"
+        and not part.estimator.needs_features
+        and spec.split(":")[0] not in ("fgsm", "square")
+    ]
+    if not suited:
+        return None
+    spec, attack = suited[0]
+    size = min(len(subject.test_set), _PLANTED[level])
+
+    def features_fn(variables: Any, inputs: Array) -> Array:
+        if subject.layers == (INPUT,):
+            return subject.apply_logits(variables, inputs)
+        # In the order of the forward pass: the last is what the head sees.
+        feature = [*subject.apply_features(variables, {}, inputs)[1].values()][-1]
+        if feature.ndim == 4 and feature[0].size > _MAX_FEATURES:
+            feature = feature.mean(axis=(1, 2))
+        return feature.reshape(len(feature), -1)
+
+    @jax.jit
+    def plant(variables: Any, inputs: Array, keys: Array) -> binarization.BinarizationResult:
+        return binarization.binarization_test(
+            functools.partial(features_fn, variables), attack, keys, inputs
+        )
+
+    keys = attacks.example_keys(key, jnp.asarray(subject.test_set.ids[:size]))
+    inputs = data.to_float(subject.test_set.images[:size])
+    found = binarization.summary(jax.device_get(plant(subject.variables, inputs, keys)))
+    return {**found, "attack": spec}
