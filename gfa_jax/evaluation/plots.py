@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Colours that stay apart in print and for colour-blind readers (Okabe & Ito).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -219,7 +220,7 @@ def loss_surface(results: Results) -> str | None:
     axes.set_xlabel(f"{surface['axes'][0].split(':')[0]}, in {surface['unit']}")
     axes.set_ylabel(f"{surface['axes'][1]}, in {surface['unit']}")
     axes.set_title(_text(results["name"]), fontsize=10)
-    figure.colorbar(filled, ax=axes, label="median log-odds of being wrong")
+    figure.colorbar(filled, ax=axes, ticks=MaxNLocator(7), label="median log-odds of being wrong")
     return _encode(figure)
 
 

@@ -114,8 +114,9 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray] | None:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
     except Exception as error:
+        # Not NumPy's own words, which advise to load it unsafely.
         raise ValueError(
-            f"record {str(path)!r} is damaged ({error}); delete it to compute it again."
+            f"record {str(path)!r} is damaged; delete it to compute it again."
         ) from error
 
 
