@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from gfa_jax.types import Array, PyTree
 
 Examples = TypeVar("Examples", bound=PyTree)
-"""A pytree of arrays ``[B, ...]``; scalars are shared by all examples, and in every step become the
-same, whichever examples are looked at."""
+"""A pytree of arrays ``[B, ...]``; scalars are shared by all examples, and depend on the number of
+steps alone."""
 
 
 def loop(
@@ -44,7 +44,7 @@ def loop(
       batch sizes.
     """
 
-    def advance(first: Array, last: Array, some: Examples) -> Examples:
+    def advance(first: Array, last: Array, some: Examples) -> tuple[Array, Examples]:
         def proceeds(carry: tuple[Array, Examples]) -> Array:
             number, some = carry
             return (number < last) & jnp.any(is_going(some))
@@ -53,12 +53,12 @@ def loop(
             number, some = carry
             return number + 1, step(number, some)
 
-        return jax.lax.while_loop(proceeds, body, (first, some))[1]
+        return jax.lax.while_loop(proceeds, body, (first, some))
 
     zero = jnp.zeros((), jnp.int32)
     size = is_going(examples).shape[0]
     if chunk_size is None or chunk_size >= size:
-        return advance(zero, zero + num_steps, examples)
+        return advance(zero, zero + num_steps, examples)[1]
 
     def proceeds(carry: tuple[Array, Examples]) -> Array:
         first, every = carry
@@ -71,20 +71,25 @@ def loop(
         order = jnp.argsort(~going, stable=True)
         order = jnp.concatenate([order, jnp.full(chunk_size, size, order.dtype)])
 
-        def chunk(index: Array, advanced: Examples) -> Examples:
+        def chunk(index: Array, carry: tuple[Array, Examples]) -> tuple[Array, Examples]:
+            reached, advanced = carry
             chosen = jax.lax.dynamic_slice(order, (index * chunk_size,), (chunk_size,))
             # Beyond the end, the last example is read and nothing is written. Every chunk begins
             # with the scalars of before.
             some = jax.tree.map(
                 lambda leaf: leaf.at[chosen].get(mode="clip") if leaf.ndim else leaf, every
             )
-            return jax.tree.map(
-                lambda old, new: old.at[chosen].set(new, mode="drop") if old.ndim else new,
-                advanced,
-                advance(first, last, some),
-            )
+            number, done = advance(first, last, some)
+
+            def write(old: Array, new: Array) -> Array:
+                if old.ndim:
+                    return old.at[chosen].set(new, mode="drop")
+                # A chunk that ended early has the scalars of fewer steps.
+                return jnp.where(number > reached, new, old)
+
+            return jnp.maximum(number, reached), jax.tree.map(write, advanced, done)
 
         num_chunks = (jnp.sum(going) + chunk_size - 1) // chunk_size
-        return last, jax.lax.fori_loop(0, num_chunks, chunk, every)
+        return last, jax.lax.fori_loop(0, num_chunks, chunk, (first, every))[1]
 
     return jax.lax.while_loop(proceeds, body, (zero, examples))[1]

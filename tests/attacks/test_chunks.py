@@ -58,13 +58,15 @@ def run(needed, num_steps, chunk_size=None, steps_between=1):
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 3, 7, 100])
 @pytest.mark.parametrize("steps_between", [1, 4, 50])
-def test_each_example_makes_its_own_steps(chunk_size, steps_between):
-    walk = run(NEEDED, 9, chunk_size, steps_between)
-    np.testing.assert_array_equal(walk.made, np.minimum(NEEDED, 9))
-    # What all examples share has made as many steps, in whichever chunk they are.
-    expected = np.where(np.arange(9) < NEEDED[:, None], 1 + 2 * np.arange(9), 0)
+@pytest.mark.parametrize("needed", [NEEDED, NEEDED[::-1].copy(), np.sort(NEEDED)[::-1].copy()])
+def test_each_example_makes_its_own_steps(chunk_size, steps_between, needed):
+    walk = run(needed, 9, chunk_size, steps_between)
+    np.testing.assert_array_equal(walk.made, np.minimum(needed, 9))
+    # What all examples share has made as many steps, in whichever chunk they are, and whether the
+    # last chunk ended early or not.
+    expected = np.where(np.arange(9) < needed[:, None], 1 + 2 * np.arange(9), 0)
     np.testing.assert_array_equal(walk.trail, expected)
-    whole = run(NEEDED, 9)
+    whole = run(needed, 9)
     np.testing.assert_array_equal(jax.random.key_data(walk.key), jax.random.key_data(whole.key))
 
 
