@@ -54,7 +54,7 @@ class Found(NamedTuple):
     """One run of an attack.
 
     Attributes:
-      seconds: of the run, without compilation.
+      seconds: of the run and of judging what it found, without compilation.
       compile_seconds: tracing and compiling before it, 0 where there was none.
       adv_images: ``[N, H, W, C]``.
       misled: bool ``[N]``, whether the model that was attacked is misled there.
@@ -144,7 +144,7 @@ class Ours:
 
 def options(name: str, task: peers.Task) -> dict[str, Any]:
     """Returns the task's fields under the names of the attack's own options."""
-    fields = {
+    fields: dict[str, Any] = {
         "num_steps": task.num_steps,
         "step_size": task.step_size,
         "num_targets": task.num_targets,
@@ -157,6 +157,8 @@ def options(name: str, task: peers.Task) -> dict[str, Any]:
         # Images that are done leave the batch: the official Square and the peers' DeepFools do so
         # too, and their EAD stops early.
         fields["chunk_size"] = 64
+    if name == "cw":
+        fields["initial_constant"] = task.cw_constant
     if name.startswith("ead"):
         fields["abort"] = "example"
     if name == "ead-l1":
@@ -185,7 +187,9 @@ class Torch:
         import torch
 
         device = next(self.model.parameters()).device
-        images = torch.tensor(split.images.transpose(0, 3, 1, 2), device=device)
+        # In PyTorch's own layout, which some peers count on.
+        images = np.ascontiguousarray(split.images.transpose(0, 3, 1, 2))
+        images = torch.tensor(images, device=device)
         labels = torch.tensor(split.labels, device=device).long()
         if len(images) not in self._warm:
             inputs = images.clone().requires_grad_(True)
@@ -196,10 +200,11 @@ class Torch:
         synchronize()
         started = time.perf_counter()
         adv_images = self.peer.attacks[attack](self.model, images.clone(), labels.clone(), task)
-        synchronize()
-        seconds = time.perf_counter() - started
+        # Which images mislead the model is part of our result, and few peers say it.
         with torch.no_grad():
             misled = (self.model(adv_images).argmax(1) != labels).cpu().numpy()
+        synchronize()
+        seconds = time.perf_counter() - started
         found = adv_images.detach().cpu().numpy().transpose(0, 2, 3, 1)
         return Found(seconds, 0.0, found, misled)
 

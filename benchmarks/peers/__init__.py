@@ -46,6 +46,11 @@ class Task(NamedTuple):
     num_classes: int = 10
     seed: int = 0
 
+    @property
+    def cw_constant(self) -> float:
+        """The first constant of C&W: the only one of peers that try no other, or the paper's."""
+        return 1.0 if self.num_searches == 1 else 1e-3
+
 
 class Peer(NamedTuple):
     """A peer that can be used here.

@@ -54,7 +54,9 @@ def _ead(rule: str) -> Callable[[Task], Any]:
 
 def _cw(task: Task) -> Any:
     return pick(task, {"l2": attacks.L2CarliniWagnerAttack})(
-        binary_search_steps=task.num_searches, steps=task.num_steps
+        binary_search_steps=task.num_searches,
+        steps=task.num_steps,
+        initial_const=task.cw_constant,
     )
 
 

@@ -105,7 +105,7 @@ def attack_in_batches(
         member: Attack, run: int | None, chosen: np.ndarray, is_real: np.ndarray
     ) -> AttackResult:
         batch = {field: values[chosen] for field, values in examples.items()}
-        batch |= {"keys": keys[chosen], "active": is_real}
+        batch |= {"keys": _take(keys, chosen), "active": is_real}
         if sharding is not None:
             batch = jax.device_put(batch, sharding)
         index = None if run is None else jnp.int32(run)
@@ -187,6 +187,10 @@ def _logits_fn(
 
 # Compiled never; but what was traced once is not traced again.
 _logits = jax.jit(_logits_fn, static_argnames=("estimator", "apply"))
+
+
+# Outside of jit, indexing takes as long as a step of an attack.
+_take = jax.jit(lambda keys, chosen: keys[chosen])
 
 
 def _attack_batch_fn(
