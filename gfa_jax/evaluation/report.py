@@ -72,7 +72,17 @@ _SHOWN = (
     *("clean_accuracy", "robust_accuracy", "intervals", "first_broken_by", "members"),
     *("minimum_norm", "curves", "layers", "directions", "geometry", "diagnostics"),
     *("verification", "counts", "threat", "data", "num_examples", "versions", "mode"),
+    *("name", "weights_hash", "precision", "seconds"),
 )
+_SHOWN_OF_EACH = {
+    "layers": (
+        *("alignment_mean", "radial_degree_median"),
+        *("tangential_share_mean", "tangential_shares"),
+    ),
+    "counts": ("num_forwards", "num_backwards", "num_zero_gradients"),
+    "verification": ("num_successes", "not_misled", "outside", "other_distance"),
+    "diagnostics": ("id", "name", "status", "value", "threshold", "n", "meaning"),
+}
 _STATUSES = ("FAIL", "WARN", "PASS", "NA")
 
 
@@ -84,6 +94,16 @@ def _with_intervals(run: Results, row: list[str], names: Sequence[str]) -> list[
         low, high = interval or (None, None)
         cells.append(f"{text} ({_percent(low)}-{_percent(high)})" if interval else text)
     return cells
+
+
+def _missing_fields(run: Results) -> list[str]:
+    """Returns what the page shows and the results lack."""
+    missing = [field for field in _SHOWN if field not in run]
+    for group, fields in _SHOWN_OF_EACH.items():
+        entries = run.get(group, ())
+        for entry in entries.values() if isinstance(entries, Mapping) else entries:
+            missing += [f"{group}.{field}" for field in fields if field not in entry]
+    return list(dict.fromkeys(missing))
 
 
 def print_table(runs: Sequence[Results]) -> None:
@@ -118,15 +138,14 @@ def load_evaluation(directory: pathlib.Path) -> tuple[Results, Examples]:
     Raises:
       FileNotFoundError: for a folder without results, saying how to make them.
     """
-    path = directory / "results.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{str(directory)!r} holds no results.json: run eval.py first, and give its --out "
-            "folder."
-        )
+    for name in ("results.json", "examples.npz"):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(
+                f"{str(directory)!r} holds no {name}: run eval.py first, and give its --out folder."
+            )
     with np.load(directory / "examples.npz", allow_pickle=False) as stored:
         examples = {name: stored[name] for name in stored.files}
-    return files.read_json(path), examples
+    return files.read_json(directory / "results.json"), examples
 
 
 def write_report(evaluations: Sequence[tuple[Results, Examples]], path: pathlib.Path) -> None:
@@ -141,11 +160,11 @@ def write_report(evaluations: Sequence[tuple[Results, Examples]], path: pathlib.
     """
     runs = [results for results, _ in evaluations]
     for run in runs:
-        missing = [field for field in _SHOWN if field not in run]
+        missing = _missing_fields(run)
         if missing:
             raise ValueError(
-                f"the results of {run['name']!r} were written by an older version and lack "
-                f"{', '.join(missing)}: evaluate again in another --out folder."
+                f"the results of {run.get('name', 'a run')!r} were written by an older version and "
+                f"lack {', '.join(missing)}: evaluate again in another --out folder."
             )
     rows = accuracy_rows(runs)
     names = ["clean", *attack_names(runs)]
@@ -163,13 +182,17 @@ def write_report(evaluations: Sequence[tuple[Results, Examples]], path: pathlib.
         rows=[_with_intervals(run, row, names) for run, row in zip(runs, rows, strict=True)],
         percent=_percent,
         statuses=_STATUSES,
+        layers=plots.layer_names(runs),
+        themes={"light": plots.LIGHT, "dark": plots.DARK},
         pictures={
             "curve": plots.accuracy_against_epsilon(runs),
             "minimum_norms": plots.minimum_norms(runs),
             "layers": plots.layer_alignment(runs),
             "directions": plots.loss_along_directions(runs),
             "surfaces": [plots.loss_surface(run) for run in runs],
-            "images": [plots.image_grid(results, examples) for results, examples in evaluations],
         },
+        direction_keys=plots.direction_keys(),
+        magnifications=[plots.magnification(examples) for _, examples in evaluations],
+        shown=[plots.shown_images(examples) for _, examples in evaluations],
     )
     files.write_bytes(path, page.encode())
