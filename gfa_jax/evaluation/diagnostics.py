@@ -24,6 +24,8 @@ Curve = Sequence[tuple[float, float]]
 
 MIN_PLANTED_FOUND = 0.95
 """Share of planted adversarial examples that an attack should find."""
+MAX_UNDEFENDED = 0.1
+"""Accuracy that attacks may leave of a model without defence; a choice of this library's own."""
 MAX_PLANTED_BY_CHANCE = 0.5
 """Share of planted examples that random points may find before the test says little; a choice of
 this library's own."""
@@ -195,6 +197,26 @@ def _overlooked(
     )
 
 
+_MINIMISED = {"cw": ("l2",), "ead-en": ("l1", "l2"), "ead-l1": ("l1",)}
+"""The norms that attacks make small, where it is not the threat's whatever it is."""
+
+
+def _labels_alone(
+    found: Mapping[str, Any] | None,
+    minimum_norms: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]],
+    norm: str | None,
+) -> judgement.Diagnostic:
+    """D6: what a search that sees labels alone finds and the attacks do not."""
+    if not found:
+        return judgement.missing("D6", "the model was not probed.")
+    fitting = {
+        attack: value
+        for attack, value in minimum_norms.items()
+        if norm in (None, *_MINIMISED.get(_name_of(attack), (norm,)))
+    }
+    return probe_diagnostics.judge_labels(found, fitting)
+
+
 def _transfer(
     robust: Mapping[str, np.ndarray], transfer: Mapping[str, np.ndarray] | None
 ) -> judgement.Diagnostic:
@@ -214,6 +236,23 @@ def _transfer(
             )
             for name, value in transfer.items()
         )
+    )
+
+
+def _sanity(accuracies: Mapping[str, float] | None) -> judgement.Diagnostic:
+    """D24: what attacks leave of the least robust of other models."""
+    if not accuracies:
+        return judgement.missing("D24", "needs the evaluation of a model without defence.")
+    name = min(accuracies, key=lambda other: accuracies[other])
+    return judgement.judge(
+        "D24",
+        accuracies[name],
+        MAX_UNDEFENDED,
+        None,
+        f"Attacks at this radius should leave next to nothing of a model without defence (here "
+        f"{name}, the least robust of the other models). If much is left, it is defended, the "
+        "attacks are broken, or the radius is too small to tell.",
+        bad="WARN",
     )
 
 
@@ -251,6 +290,7 @@ def diagnose(
     curve_examples: int | None = None,
     box: float | None = None,
     epsilon: float | None = None,
+    norm: str | None = None,
     zero_gradient_share: float | None = None,
     num_classes: int | None = None,
     probes: Mapping[str, Any] | None = None,
@@ -258,6 +298,7 @@ def diagnose(
     minimum_norms: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None,
     transfer: Mapping[str, np.ndarray] | None = None,
     references: Mapping[str, Mapping[str, Any]] | None = None,
+    reference_accuracies: Mapping[str, float] | None = None,
 ) -> list[judgement.Diagnostic]:
     """Returns all diagnostics, in the order of ``judgement.NAMES``; what is missing is NA.
 
@@ -272,9 +313,10 @@ def diagnose(
       curve_examples: examples behind each curve.
       box: the epsilon at which the ball holds the whole box.
       epsilon: the radius of ``robust``, for D21.
+      norm: of the threat; D6 compares attacks that make it small. By default it compares all.
       zero_gradient_share: share of gradient evaluations of the attacks that were exactly zero.
       num_classes: for D4 at half the box; classes are taken to be equally frequent.
-      probes: from ``probing.measure``.
+      probes: from ``probing.measure``, of the first of the examples of ``minimum_norms``.
       binarization: the test of planted adversarial examples: ``asr``, the share that the attack
         found, ``r_asr``, that of random points, and ``n``.
       minimum_norms: for each attack that looks for the smallest perturbation, ``(success [N],
@@ -283,6 +325,7 @@ def diagnose(
         right.
       references: ``probes`` of models known to be sound, such as one without defence and one
         trained with PGD, by name: D11 and D15 are compared with them.
+      reference_accuracies: what the attacks left of those models, by name, for D24.
 
     Returns:
       Dicts of ``id``, ``name``, ``value`` (``None`` where there is no finite one), ``threshold``
@@ -323,17 +366,18 @@ def diagnose(
             "Square, which uses no gradients, should break nothing that gradient attacks do not. "
             "If it does, gradients are masked or the gradient attacks too weak.",
         ),
-        judgement.missing(
-            "D6", "needs an attack that sees labels alone, which this library has not."
-        ),
+        _labels_alone((probes or {}).get("D6"), minimum_norms, norm),
         _transfer(robust, transfer),
-        judgement.judge(
-            "D10",
-            *_paired_excess(cross_entropy, margin),
-            size,
-            "The cross-entropy attack should be as strong as the margin attack. If it is weaker, "
-            "its gradient vanishes on confident examples. Believe the margin.",
-            bad="WARN",
+        judgement.worst(
+            judgement.judge(
+                "D10",
+                *_paired_excess(cross_entropy, margin),
+                size,
+                "The cross-entropy attack should be as strong as the margin attack. If it is "
+                "weaker, its gradient vanishes on confident examples. Believe the margin.",
+                bad="WARN",
+            ),
+            probe_diagnostics.judge_scaled_loss((probes or {}).get("D10")),
         ),
         judgement.worst(zero_gradients, probe_diagnostics.judge_gradient_sizes(sizes, references))
         if sizes
@@ -342,14 +386,14 @@ def diagnose(
         _unbounded(curves, curve_examples, box),
         _planted(binarization),
         _overlooked(robust, minimum_norms, epsilon),
-        judgement.missing("D24", "needs models whose robust accuracy is known."),
+        _sanity(reference_accuracies),
         *probe_diagnostics.judge_probes(probes, references),
     ]
     order = list(judgement.NAMES)
     return sorted(found, key=lambda entry: order.index(entry["id"]))
 
 
-INVALIDATING = frozenset({"D1", "D3", "D4", "D5", "D7", "D14", "D19", "D20"})
+INVALIDATING = frozenset({"D1", "D3", "D4", "D5", "D6", "D7", "D14", "D19", "D20"})
 """Diagnostics whose failure makes the robust accuracy an upper bound only."""
 
 

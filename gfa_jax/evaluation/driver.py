@@ -1,9 +1,8 @@
 """An evaluation from attacks to results: what is attacked, recorded, and measured besides."""
 
 import dataclasses
-import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gfa_jax import attacks, data
-from gfa_jax.evaluation import intervals, masking, records
+from gfa_jax.evaluation import intervals, masking, records, references
 from gfa_jax.evaluation.close_up import close_up
 from gfa_jax.evaluation.curves import accuracy_curves
 from gfa_jax.evaluation.outcomes import (
@@ -22,7 +21,7 @@ from gfa_jax.evaluation.outcomes import (
     minimum_norm,
     verify,
 )
-from gfa_jax.evaluation.subject import Subject
+from gfa_jax.evaluation.subject import Subject, hash_examples
 from gfa_jax.threat import ThreatModel
 from gfa_jax.training import step
 from gfa_jax.training.progress import Progress
@@ -45,15 +44,6 @@ class _Chunk(NamedTuple):
     @property
     def rows(self) -> slice:
         return slice(self.first, self.last + 1)
-
-
-def hash_examples(test_set: data.Dataset) -> str:
-    """Returns the SHA-256 of images, labels and ids."""
-    digest = hashlib.sha256()
-    for array in (test_set.images, test_set.labels, test_set.ids):
-        digest.update(f"{array.shape} {array.dtype}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
 
 
 class Evaluation:
@@ -88,6 +78,7 @@ class Evaluation:
         *,
         sequential: bool = False,
         level: str = "quick",
+        others: Sequence[references.Reference] = (),
     ) -> tuple[dict[str, Any], Outcome, Outcome, Outcome]:
         """Makes all measurements.
 
@@ -95,6 +86,7 @@ class Evaluation:
           built: attacks by their spec.
           sequential: whether each attack is made on what those before it left.
           level: one of ``masking.LEVELS``.
+          others: evaluations of other models, whose adversarial images are one more attack each.
 
         Returns:
           ``(results, outcomes, adversarial, shown)``: JSON-ready results; arrays ``[N]`` of what
@@ -109,25 +101,33 @@ class Evaluation:
         images: dict[str, np.ndarray] = {}
         rest = np.ones(len(clean_correct), bool)
         worst = clean_correct
-        for spec, attack in built.items():
-            outcomes[spec], images[spec] = self._attack(spec, attack, rest)
-            worst = worst & ~broken(attack, outcomes[spec], epsilon)
+        found: dict[str, np.ndarray] = {}
+        closest = [spec for spec, attack in built.items() if attack.keep == "closest"]
+        by_spec = {other.spec: other for other in others}
+        for spec in (*built, *by_spec):
+            outcomes[spec], images[spec] = (
+                self._attack(spec, built[spec], rest)
+                if spec in built
+                else references.transfer(
+                    by_spec[spec], self._subject, self._threat, self._batch_size, rest
+                )
+            )
+            found[spec] = broken(outcomes[spec], epsilon, any_distance=spec in closest)
+            worst = worst & ~found[spec]
             if sequential:
                 rest = worst
-        found = {spec: broken(built[spec], outcome, epsilon) for spec, outcome in outcomes.items()}
         robust = {spec: clean_correct & ~value for spec, value in found.items()}
         if sequential:
             # Of each attack together with those before it.
             for before, after in zip(list(robust)[:-1], list(robust)[1:], strict=True):
                 robust[after] = robust[after] & robust[before]
         first = first_broken(found, clean_correct)
-        closest = [spec for spec, attack in built.items() if attack.keep == "closest"]
         curves = accuracy_curves(*setting)
         geometry_results, shown = close_up(*setting, outcomes, images)
         # Attacks on different examples do not compare.
         comparable = {} if sequential else robust
         judged, probed = masking.diagnose(
-            *setting, built, comparable, outcomes, clean_correct, curves, worst, level
+            *setting, built, comparable, outcomes, clean_correct, curves, worst, level, others
         )
         accuracies = {
             "clean": clean_correct,
@@ -144,7 +144,7 @@ class Evaluation:
                 for name, value in accuracies.items()
             },
             "first_broken_by": {
-                spec: int(np.sum(first == number)) for number, spec in enumerate(built)
+                spec: int(np.sum(first == number)) for number, spec in enumerate(outcomes)
             },
             "minimum_norm": {
                 spec: minimum_norm(outcomes[spec], clean_correct, self._threat.norm)
@@ -157,16 +157,16 @@ class Evaluation:
                     if name.startswith(_MEMBERS)
                 }
                 for spec, outcome in outcomes.items()
-                if isinstance(built[spec], attacks.Ensemble)
+                if isinstance(built.get(spec), attacks.Ensemble)
             },
             "verification": {
                 spec: verify(
                     self._subject,
                     self._threat,
                     self._batch_size,
-                    built[spec],
                     outcome,
                     images[spec],
+                    any_distance=spec in closest,
                 )
                 for spec, outcome in outcomes.items()
             },

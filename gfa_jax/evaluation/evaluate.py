@@ -5,7 +5,7 @@ import hashlib
 import json
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ import gfa_jax
 from gfa_jax import _validate, attacks, cli, files, norms
 from gfa_jax.attacks.estimators import Estimator
 from gfa_jax.evaluation import driver, loading, masking, memory, records, report, subject
+from gfa_jax.evaluation import references as references_lib
 from gfa_jax.threat import ThreatModel
 from gfa_jax.training import loop
 from gfa_jax.types import Array
@@ -48,6 +49,10 @@ class EvalFlags:
     """latest, best (on the validation split) or a step."""
     seed: int = 0
     """Of the attacks' random starts."""
+    references: str = ""
+    """Comma-separated --out folders of other models' evaluations on the same images, best one
+    without defence and one trained against PGD: their adversarial images are tried on this model,
+    and signs of gradient masking judged beside them."""
     data_dir: str | None = None
     """Where the data lies, if not where the run was trained on it."""
     out: str | None = None
@@ -116,7 +121,10 @@ def evaluate(flags: EvalFlags) -> dict[str, Any]:
         _validate.one_of(norms.DUALS, norm=flags.norm)
     if flags.num_examples is not None:
         _validate.positive_integer(num_examples=flags.num_examples)
-    settings = _settings(flags.attacks, flags.batch_size, flags.mode, flags.diagnostics, flags.seed)
+    folders = [part.strip() for part in flags.references.split(",") if part.strip()]
+    settings = _settings(
+        flags.attacks, flags.batch_size, flags.mode, flags.diagnostics, flags.seed, folders
+    )
     workdir = pathlib.Path(flags.workdir)
     run = loading.load_run(
         workdir,
@@ -151,6 +159,7 @@ def evaluate_model(
     diagnostics: str = "quick",
     batch_size: int = 200,
     seed: int = 0,
+    references: Sequence[str | pathlib.Path] = (),
 ) -> dict[str, Any]:
     """Evaluates any classifier as ``evaluate`` does a run, in the same files.
 
@@ -167,13 +176,14 @@ def evaluate_model(
       diagnostics: as the flag.
       batch_size: examples attacked at once, over all devices.
       seed: of the attacks' random starts.
+      references: ``out`` folders of other models' evaluations on the same images.
 
     Raises:
       ValueError: for arguments that do not fit, or an output folder of another evaluation.
     """
     if tuple(threat.bounds) != (0.0, 1.0):
         raise ValueError(f"threat.bounds={threat.bounds} must be (0, 1), as the inputs are.")
-    settings = _settings(attacks, batch_size, mode, diagnostics, seed)
+    settings = _settings(attacks, batch_size, mode, diagnostics, seed, references)
     model = subject.from_function(logits_fn, inputs, labels, variables=variables, name=name)
     return _evaluate(model, threat, settings, pathlib.Path(out))
 
@@ -186,9 +196,17 @@ class _Settings(NamedTuple):
     mode: str
     diagnostics: str
     seed: int
+    references: tuple[str | pathlib.Path, ...]
 
 
-def _settings(specs: str, batch_size: int, mode: str, diagnostics: str, seed: int) -> _Settings:
+def _settings(
+    specs: str,
+    batch_size: int,
+    mode: str,
+    diagnostics: str,
+    seed: int,
+    references: Sequence[str | pathlib.Path],
+) -> _Settings:
     _validate.positive_integer(batch_size=batch_size)
     _validate.one_of(MODES, mode=mode)
     _validate.one_of(masking.LEVELS, diagnostics=diagnostics)
@@ -198,7 +216,12 @@ def _settings(specs: str, batch_size: int, mode: str, diagnostics: str, seed: in
             f"attacks={specs!r} names no attack; known are {sorted(attacks.REGISTRY)}."
         )
     return _Settings(
-        {spec: parse_attack(spec) for spec in names}, batch_size, mode, diagnostics, seed
+        {spec: parse_attack(spec) for spec in names},
+        batch_size,
+        mode,
+        diagnostics,
+        seed,
+        tuple(references),
     )
 
 
@@ -214,6 +237,7 @@ def _evaluate(
             raise ValueError(
                 f"attacks={spec!r} attacks randomised models, which this classifier is not."
             )
+    others = references_lib.load(settings.references, model, threat)
     num_devices = model.mesh.size
     batch_size = -(-min(settings.batch_size, len(model.test_set)) // num_devices) * num_devices
     needed = memory.estimate(model, batch_size)
@@ -238,7 +262,10 @@ def _evaluate(
     with jax.default_matmul_precision("highest"):
         evaluation = driver.Evaluation(model, threat, kept, batch_size, settings.seed)
         results, outcomes, adversarial, shown = evaluation.run(
-            built, sequential=settings.mode == "sequential", level=settings.diagnostics
+            built,
+            sequential=settings.mode == "sequential",
+            level=settings.diagnostics,
+            others=others,
         )
     results |= {
         "name": model.name,
@@ -247,7 +274,7 @@ def _evaluate(
         "weights_hash": model.weights_hash,
         **model.details,
     }
-    results["data"] = {**results["data"], "hash": driver.hash_examples(model.test_set)}
+    results["data"] = {**results["data"], "hash": subject.hash_examples(model.test_set)}
     files.write_json(out / "results.json", results)
     report.save_examples(out / "outcomes.npz", outcomes)
     report.save_examples(out / "adversarial.npz", adversarial)

@@ -1,7 +1,7 @@
 """Looks for signs that gradients are masked: measures, and has the numbers judged."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 from gfa_jax import attacks, data
 from gfa_jax.evaluation import binarization, diagnostics, judgement, probing
 from gfa_jax.evaluation.outcomes import Outcome
+from gfa_jax.evaluation.references import Reference
 from gfa_jax.evaluation.subject import INPUT, Subject, box_radius
 from gfa_jax.threat import ThreatModel
 from gfa_jax.training import step
@@ -37,6 +38,7 @@ def diagnose(
     curves: list[dict[str, Any]],
     worst: np.ndarray,
     level: str,
+    others: Sequence[Reference] = (),
 ) -> tuple[list[judgement.Diagnostic], dict[str, Any]]:
     """Returns the judged diagnostics, and what was probed for them, JSON-ready.
 
@@ -52,6 +54,7 @@ def diagnose(
       curves: from ``curves.accuracy_curves``.
       worst: what stayed right under all attacks, bool ``[N]``.
       level: one of ``LEVELS``.
+      others: evaluations of other models.
     """
     probed: dict[str, Any] = {}
     if level != "off":
@@ -70,12 +73,18 @@ def diagnose(
         curve_examples=curves[0]["num_examples"],
         box=box_radius(threat.norm, threat.bounds, subject.test_set.image_shape),
         epsilon=float(threat.epsilon),
+        norm=threat.norm,
         zero_gradient_share=zero / max(total, 1),
         num_classes=subject.test_set.num_classes,
         minimum_norms={
             spec: (outcome["success"], outcome["distance"], clean_correct)
             for spec, outcome in outcomes.items()
-            if built[spec].keep == "closest" and outcome["attacked"].all()
+            if spec in built and built[spec].keep == "closest" and outcome["attacked"].all()
+        },
+        transfer={other.name: robust[other.spec] for other in others if other.spec in robust},
+        references={other.name: other.probes for other in others},
+        reference_accuracies={
+            other.name: other.worst_case for other in others if other.worst_case is not None
         },
         **probed,
     )

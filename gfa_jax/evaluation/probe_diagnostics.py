@@ -9,10 +9,15 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from gfa_jax.evaluation import judgement
 
 MAX_GAIN = 0.01
 """Twice the steps, or more restarts, should not find more than one point."""
+MAX_CLOSER_BY_LABELS = 0.05
+"""Share of examples for which labels alone may lead closer than minimum-norm attacks; a choice of
+this library's own."""
 MANY_RESTARTS = 20
 """A gain from fewer restarts than these is a warning only."""
 MAX_DERIVATIVE_ERROR = 0.5
@@ -22,6 +27,8 @@ MIN_COSINE = 0.1
 MAX_NONLINEARITY = 0.5
 """Median of the largest error of the linearised loss, as a share of the loss plus one; a choice of
 this library's own."""
+MAX_FALLING_SHARE = 0.1
+"""Share of small steps uphill after which the loss may be lower."""
 MAX_INSTABILITY = 0.5
 """Mean relative change of the loss under faint noise, where there is no reference model; a choice
 of this library's own."""
@@ -80,6 +87,50 @@ def _judge_steps(found: Mapping[str, Any]) -> judgement.Diagnostic:
     )
 
 
+def judge_labels(
+    found: Mapping[str, Any],
+    minimum_norms: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]],
+) -> judgement.Diagnostic:
+    """Judges what a search that sees labels alone found (D6).
+
+    Args:
+      found: the entry D6 of ``probing.measure``, of the first examples.
+      minimum_norms: as those of ``diagnostics.diagnose``, whose first examples they are.
+    """
+    within = judgement.missing("D6", "no example resisted the attacks.")
+    if found["num_survivors"]:
+        within = judgement.judge(
+            "D6",
+            found["num_within"] / found["num_survivors"],
+            0.0,
+            found["num_survivors"],
+            f"Share of the examples that resisted the attacks which a search along "
+            f"{found['num_directions']} random directions breaks within the radius, though it "
+            "sees only the predicted class: the attacks are fooled.",
+        )
+    closer = judgement.missing("D6", "no attack looked for the smallest perturbation.")
+    right = [right[: found["n"]] for _, _, right in minimum_norms.values()]
+    if right and np.any(right[0]):
+        nearest = np.min(
+            [
+                np.where(success, distance, np.inf)[: found["n"]]
+                for success, distance, _ in minimum_norms.values()
+            ],
+            axis=0,
+        )
+        labelled = np.array([math.inf if value is None else value for value in found["distances"]])
+        closer = judgement.judge(
+            "D6",
+            float(np.mean((labelled < nearest)[right[0]])),
+            MAX_CLOSER_BY_LABELS,
+            int(right[0].sum()),
+            "Share of examples for which a search that sees only the predicted class finds a "
+            "smaller perturbation than all attacks that look for the smallest one. If it does so "
+            "often, gradients mislead those attacks.",
+        )
+    return judgement.worst(within, closer)
+
+
 def _judge_draws(found: Mapping[str, Any]) -> judgement.Diagnostic:
     n = found["n"]
     if not n:
@@ -136,6 +187,27 @@ def judge_gradient_sizes(
     )
 
 
+def judge_scaled_loss(found: Mapping[str, Any] | None) -> judgement.Diagnostic:
+    """Judges whether the cross-entropy is stronger on logits of a moderate scale (D10).
+
+    Args:
+      found: the entry D10 of ``probing.measure``, or ``None``.
+    """
+    if not found:
+        return judgement.missing("D10", "the model was not probed.")
+    plain, scaled = found["accuracy"]
+    return judgement.judge(
+        "D10",
+        plain - scaled,
+        judgement.paired_allowance(found["num_differing"], found["n"]),
+        found["n"],
+        "The cross-entropy should be as strong on the model's own logits as on logits that are "
+        f"divided by {found['temperature']:.3g}, which brings them about 1 apart. If it is weaker, "
+        "it is saturated. Believe losses on the logits.",
+        bad="WARN",
+    )
+
+
 def _judge_agreement(found: Mapping[str, Any]) -> judgement.Diagnostic:
     errors = [_or_nan(value) for row in found["median_error"].values() for value in row]
     # NaN first: max would skip it.
@@ -161,15 +233,27 @@ def _judge_agreement(found: Mapping[str, Any]) -> judgement.Diagnostic:
     )
 
 
-def _judge_linearity(found: Mapping[str, Any]) -> judgement.Diagnostic:
-    return judgement.judge(
-        "D13",
-        _or_nan(found["median"]),
-        MAX_NONLINEARITY,
-        found["n"],
-        "How far the loss is from a straight line within the radius. If it is far, single steps go "
-        "astray: use attacks of many small ones.",
-        bad="WARN",
+def _judge_surface(found: Mapping[str, Any]) -> judgement.Diagnostic:
+    return judgement.worst(
+        judgement.judge(
+            "D13",
+            _or_nan(found["median"]),
+            MAX_NONLINEARITY,
+            found["n"],
+            "How far the loss is from a straight line within the radius. If it is far, single "
+            "steps go astray: use attacks of many small ones.",
+            bad="WARN",
+        ),
+        judgement.judge(
+            "D13",
+            _or_nan(found["falling_share"]),
+            MAX_FALLING_SHARE,
+            found["n"],
+            f"Share of {found['num_steps']} small steps uphill that end lower than they began. If "
+            "there are many, the loss is full of small hills that hold an attack up: use restarts "
+            "and gradients averaged over noise.",
+            bad="WARN",
+        ),
     )
 
 
@@ -285,7 +369,7 @@ def judge_probes(
         "D7": _judge_draws,
         "D9": _judge_restarts,
         "D12": _judge_agreement,
-        "D13": _judge_linearity,
+        "D13": _judge_surface,
         "D14": _judge_missing_gradients,
         "D15": lambda found: _judge_stability(found, references),
         "D16": _judge_results,

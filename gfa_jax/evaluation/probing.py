@@ -15,7 +15,14 @@ import numpy as np
 from gfa_jax import _validate
 from gfa_jax.attacks import base
 from gfa_jax.attacks.estimators import fold_in
-from gfa_jax.evaluation import nondifferentiable, probes
+from gfa_jax.evaluation import (
+    attack_probes,
+    gradient_probes,
+    hard_label,
+    nondifferentiable,
+    path_probes,
+    surface_probes,
+)
 from gfa_jax.threat import ThreatModel
 from gfa_jax.types import Array, LogitsFn
 
@@ -27,10 +34,12 @@ class Level:
     Attributes:
       num_steps: of the attacks that are compared by their steps (D2), rising.
       num_restarts: numbers of restarts that are compared (D9), rising.
-      restart_steps: steps of each restart.
-      path_steps: steps of the attack whose losses are kept (D16, D17).
+      restart_steps: steps of each restart, and of the attacks on scaled logits (D10).
+      path_steps: steps of the attack whose losses are kept (D11, D13, D16, D17).
       num_draws: random points for each example (D7).
       num_drawn_examples: examples at most for which they are drawn.
+      num_directions: along which labels alone are looked at, for each example (D6).
+      num_labelled: examples at most for which that is done, the first.
       num_noise: random points for the linearity of the loss (D13) and its stability (D15).
       num_compared: examples at most whose logits are compared between passes (D22).
     """
@@ -41,13 +50,17 @@ class Level:
     path_steps: int
     num_draws: int
     num_drawn_examples: int
+    num_directions: int
+    num_labelled: int
     num_noise: int
     num_compared: int
 
 
 LEVELS = {
-    "quick": Level((1, 5, 10, 20, 50), (1, 5), 20, 50, 1000, 100, 20, 64),
-    "full": Level((1, 5, 10, 20, 50, 100, 200), (1, 5, 20), 50, 200, 10_000, 100, 100, 256),
+    "quick": Level((1, 5, 10, 20, 50), (1, 5), 20, 50, 1000, 100, 10, 100, 20, 64),
+    "full": Level(
+        (1, 5, 10, 20, 50, 100, 200), (1, 5, 20), 50, 200, 10_000, 100, 200, 500, 100, 256
+    ),
 }
 """The levels of ``measure`` by name."""
 
@@ -288,22 +301,53 @@ Survived = np.ndarray | None
 
 
 def _sum_up_steps(subset: _Subset, level: Level, survived: Survived) -> dict[str, Any]:
-    resist = [subset.probe(2, probes.resists_steps, np.int32(count)) for count in level.num_steps]
+    resist = [
+        subset.probe(2, attack_probes.resists_steps, np.int32(count)) for count in level.num_steps
+    ]
     return _compared(level.num_steps, np.stack(resist))
 
 
 def _make_restarts(subset: _Subset, level: Level) -> tuple[np.ndarray, np.ndarray]:
     return subset.probe(
-        9, probes.restarts, num_restarts=max(level.num_restarts), num_steps=level.restart_steps
+        9,
+        attack_probes.restarts,
+        num_restarts=max(level.num_restarts),
+        num_steps=level.restart_steps,
     )
 
 
-def _sum_up_draws(subset: _Subset, level: Level, survived: Survived) -> dict[str, Any]:
+def _walk(subset: _Subset, level: Level) -> path_probes.PathSigns:
+    return subset.probe(17, path_probes.path_signs, num_steps=level.path_steps)
+
+
+def _left(subset: _Subset, level: Level, survived: Survived) -> np.ndarray:
+    """Returns which examples resisted the attacks, by default the restarts."""
     # Inputs that are wrong without an attack count as broken by any run.
-    left = ~_make_restarts(subset, level)[0].any(axis=0) if survived is None else survived
-    drawn = np.flatnonzero(left)[: level.num_drawn_examples]
+    return survived if survived is not None else ~np.any(_make_restarts(subset, level)[0], axis=0)
+
+
+def _sum_up_labels(subset: _Subset, level: Level, survived: Survived) -> dict[str, Any]:
+    first = np.arange(min(level.num_labelled, len(subset)))
+    distances = subset.take(first).probe(
+        6, hard_label.closest_by_labels, num_directions=level.num_directions
+    )
+    left = _left(subset, level, survived)[first]
+    found = distances[np.isfinite(distances)]
+    return {
+        "n": len(first),
+        "num_directions": level.num_directions,
+        "num_survivors": int(left.sum()),
+        "num_within": int(np.sum(left & (distances <= subset.threat.epsilon))),
+        "median": _number(np.median(distances)),
+        "found_share": len(found) / len(first),
+        "distances": _numbers(distances),
+    }
+
+
+def _sum_up_draws(subset: _Subset, level: Level, survived: Survived) -> dict[str, Any]:
+    drawn = np.flatnonzero(_left(subset, level, survived))[: level.num_drawn_examples]
     first = (
-        subset.take(drawn).probe(7, probes.random_draws, num_draws=level.num_draws)
+        subset.take(drawn).probe(7, attack_probes.random_draws, num_draws=level.num_draws)
         if drawn.size
         else np.zeros(0, np.int32)
     )
@@ -321,36 +365,66 @@ def _sum_up_restarts(subset: _Subset, level: Level, survived: Survived) -> dict[
     return {**_compared(level.num_restarts, np.stack(resist)), "num_steps": level.restart_steps}
 
 
+def _sum_up_loss(subset: _Subset, level: Level, survived: Survived) -> dict[str, Any]:
+    gaps = subset.probe(23, surface_probes.logit_statistics)[3]
+    gaps = gaps[np.isfinite(gaps) & (gaps > 0)]
+    # The gap of half of the examples is then below 1. Ties have none to scale.
+    temperature = float(np.median(gaps)) if gaps.size else 1.0
+    resist = [
+        subset.probe(
+            10,
+            attack_probes.resists_cross_entropy,
+            np.float32(divisor),
+            num_steps=level.restart_steps,
+        )
+        for divisor in (1.0, temperature)
+    ]
+    return {
+        "temperature": temperature,
+        "num_steps": level.restart_steps,
+        "accuracy": _numbers(np.mean(resist, axis=1)),
+        "num_differing": int((resist[0] != resist[1]).sum()),
+    }
+
+
 def _sum_up_sizes(subset: _Subset, level: Level, survived: Survived) -> dict[str, Any]:
-    sizes = subset.probe(11, probes.gradient_sizes)
-    names = ("clean", "random_start", "cross_entropy")
-    return {"median_gradient": dict(zip(names, _numbers(np.median(sizes, axis=1)), strict=True))}
+    sizes, underflows = subset.probe(11, gradient_probes.gradient_sizes)
+    names = ("clean", "random_start", "cross_entropy", "path")
+    medians = [*np.median(sizes, axis=1), np.median(_walk(subset, level).gradient_size)]
+    return {
+        "median_gradient": dict(zip(names, _numbers(medians), strict=True)),
+        "underflow_share": float(underflows.mean()),
+    }
 
 
 def _sum_up_agreement(subset: _Subset, level: Level, survived: Survived) -> dict[str, Any]:
-    cosines = subset.probe(12, probes.gradient_cosines)
-    errors = np.median(subset.probe(12, probes.derivative_errors), axis=-1)
+    cosines, agreeing = subset.probe(12, gradient_probes.gradient_agreement)
+    errors = np.median(subset.probe(12, gradient_probes.derivative_errors), axis=-1)
     return {
-        "radii": list(probes.RADII),
+        "radii": list(gradient_probes.RADII),
         "median_cosine": _numbers(np.median(cosines, axis=1)),
-        "steps": list(probes.DIFFERENCE_STEPS),
+        "median_sign_agreement": _numbers(np.median(agreeing, axis=1)),
+        "steps": list(gradient_probes.DIFFERENCE_STEPS),
         "median_error": {
-            name: _numbers(row) for name, row in zip(probes.DIRECTIONS, errors, strict=True)
+            name: _numbers(row)
+            for name, row in zip(gradient_probes.DIRECTIONS, errors, strict=True)
         },
     }
 
 
 def _sum_up_linearity(subset: _Subset, level: Level, survived: Survived) -> dict[str, Any]:
-    errors = subset.probe(13, probes.linearity_errors, num_draws=level.num_noise)
+    errors = subset.probe(13, surface_probes.linearity_errors, num_draws=level.num_noise)
     return {
         "num_draws": level.num_noise,
         "median": _number(np.median(errors)),
         "quantile_95": _number(np.quantile(errors, 0.95)),
+        "num_steps": level.path_steps,
+        "falling_share": _number(_walk(subset, level).falling_share.mean()),
     }
 
 
 def _sum_up_missing(subset: _Subset, level: Level, survived: Survived) -> dict[str, Any]:
-    clean, _, cross_entropy = subset.probe(11, probes.gradient_sizes)
+    (clean, _, cross_entropy), _ = subset.probe(11, gradient_probes.gradient_sizes)
     return {
         "zero_share": float(np.mean(clean == 0)),
         "zero_share_cross_entropy": float(np.mean(cross_entropy == 0)),
@@ -360,29 +434,24 @@ def _sum_up_missing(subset: _Subset, level: Level, survived: Survived) -> dict[s
 
 def _sum_up_stability(subset: _Subset, level: Level, survived: Survived) -> dict[str, Any]:
     lower, upper = subset.threat.bounds
-    radius = probes.NOISE_RADIUS * (upper - lower)
-    values = subset.probe(15, probes.instability, num_draws=level.num_noise, radius=radius)
+    radius = surface_probes.NOISE_RADIUS * (upper - lower)
+    values = subset.probe(15, surface_probes.instability, num_draws=level.num_noise, radius=radius)
     return {"num_draws": level.num_noise, "radius": radius, "mean": _number(values.mean())}
-
-
-def _make_path(subset: _Subset, level: Level) -> tuple[np.ndarray, np.ndarray]:
-    return subset.probe(17, probes.late_rise_on_path, num_steps=level.path_steps)
 
 
 def _sum_up_results(subset: _Subset, level: Level, survived: Survived) -> dict[str, Any]:
     _, wrong = _make_restarts(subset, level)
-    _, passed = _make_path(subset, level)
     return {
         "num_contradictions": int(wrong.any(axis=0).sum()),
-        "passed_share": float(passed.mean()),
+        "passed_share": float(_walk(subset, level).passed.mean()),
     }
 
 
 def _sum_up_late_rise(subset: _Subset, level: Level, survived: Survived) -> dict[str, Any]:
-    rise, _ = _make_path(subset, level)
+    rise = _walk(subset, level).late_rise
     return {
         "num_steps": level.path_steps,
-        "last_steps": probes.LAST_STEPS,
+        "last_steps": path_probes.LAST_STEPS,
         "mean_rise": _number(rise.mean()),
         "quantiles": [0.5, 0.9, 1.0],
         "rise": _numbers(np.quantile(rise, (0.5, 0.9, 1.0))),
@@ -400,7 +469,7 @@ def _sum_up_consistency(subset: _Subset, level: Level, survived: Survived) -> di
 
 
 def _sum_up_logits(subset: _Subset, level: Level, survived: Survived) -> dict[str, Any]:
-    largest, lead, saturated = subset.probe(23, probes.logit_statistics)
+    largest, lead, saturated, _ = subset.probe(23, surface_probes.logit_statistics)
     quantiles = (0.05, 0.25, 0.5, 0.75, 0.95)
     return {
         "max_logit": _number(largest.max()),
@@ -412,8 +481,10 @@ def _sum_up_logits(subset: _Subset, level: Level, survived: Survived) -> dict[st
 
 _SUMMARIES: dict[str, Callable[[_Subset, Level, Survived], dict[str, Any]]] = {
     "D2": _sum_up_steps,
+    "D6": _sum_up_labels,
     "D7": _sum_up_draws,
     "D9": _sum_up_restarts,
+    "D10": _sum_up_loss,
     "D11": _sum_up_sizes,
     "D12": _sum_up_agreement,
     "D13": _sum_up_linearity,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -196,6 +197,15 @@ def from_function(
         weights_hash=loading.hash_tree(variables),
         details={"data": {"name": data_name, "split": "test"}},
     )
+
+
+def hash_examples(test_set: data.Dataset) -> str:
+    """Returns the SHA-256 of images, labels and ids."""
+    digest = hashlib.sha256()
+    for array in (test_set.images, test_set.labels, test_set.ids):
+        digest.update(f"{array.shape} {array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def box_radius(norm: str, bounds: tuple[float, float], image_shape: tuple[int, ...]) -> float:

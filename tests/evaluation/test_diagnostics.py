@@ -17,15 +17,29 @@ ROBUST = {"fgsm": 0.5, "pgd": 0.4, "pgd-margin": 0.4, "square": 0.55}
 CURVES = {"pgd-margin": ((0.0, 0.9), (0.1, 0.3), (0.5, 0.1), (1.0, 0.0))}
 PROBES = {
     "D2": {"n": 500, "counts": [10, 20], "accuracy": [0.4, 0.396], "num_differing": [2]},
+    "D6": {
+        "n": 100,
+        "num_directions": 10,
+        "num_survivors": 40,
+        "num_within": 0,
+        "distances": [0.5] * 99 + [None],
+    },
     "D7": {"n": 100, "num_draws": 1000, "num_broken": 0, "first": []},
     "D9": {"n": 500, "counts": [1, 5], "accuracy": [0.4, 0.398], "num_differing": [1]},
+    "D10": {
+        "n": 500,
+        "temperature": 3.0,
+        "num_steps": 20,
+        "accuracy": [0.4, 0.398],
+        "num_differing": 1,
+    },
     "D11": {"n": 500, "median_gradient": {"clean": 1.0}},
     "D12": {
         "n": 500,
         "median_cosine": [0.9, 0.7, 0.5],
         "median_error": {"gradient": [0.01, 0.02], "random": [0.05, 0.03]},
     },
-    "D13": {"n": 500, "median": 0.1},
+    "D13": {"n": 500, "median": 0.1, "num_steps": 50, "falling_share": 0.02},
     "D14": {"n": 500, "zero_share": 0.0, "operations": []},
     "D15": {"n": 500, "mean": 0.1},
     "D16": {"n": 500, "num_contradictions": 0},
@@ -68,7 +82,7 @@ def test_a_sound_evaluation_passes():
     assert list(entries) == list(judgement.NAMES)
     statuses = {identifier: entry["status"] for identifier, entry in entries.items()}
     missing = {identifier for identifier, status in statuses.items() if status == "NA"}
-    assert missing == {"D6", "D18", "D24"}
+    assert missing == {"D18", "D24"}
     assert {statuses[identifier] for identifier in set(statuses) - missing} == {"PASS"}
     assert not suspected
     for entry in entries.values():
@@ -125,6 +139,34 @@ def curve(*points):
         ({"robust": {"apgd-dlr": 0.4, "square:num_queries=9": 0.39}}, "D5", "FAIL", True),
         ({"robust": {"pgd": 0.4, "square": 0.6}}, "D5", "PASS", False),
         ({"robust": {"pgd": 0.4}}, "D5", "NA", False),
+        (probed("D6", num_within=1), "D6", "FAIL", False),
+        (probed("D6", distances=[0.2] * 5 + [0.5] * 95), "D6", "PASS", False),
+        (probed("D6", distances=[0.2] * 6 + [0.5] * 94), "D6", "FAIL", False),
+        # Without an attack for the smallest norm, the examples that resisted are looked at alone.
+        ({**probed("D6", distances=[0.2] * 100), "minimum_norms": {}}, "D6", "PASS", False),
+        ({**probed("D6", num_survivors=0), "minimum_norms": {}}, "D6", "NA", False),
+        (probed("D6", num_survivors=0), "D6", "PASS", False),
+        # One that makes another norm small may well be beaten in this one.
+        (
+            {
+                **probed("D6", distances=[0.2] * 100),
+                "minimum_norms": {"cw:num_steps=9": nearest(), "ead-l1": nearest()},
+                "norm": "linf",
+            },
+            "D6",
+            "PASS",
+            False,
+        ),
+        (
+            {
+                **probed("D6", distances=[0.2] * 100),
+                "minimum_norms": {"cw:num_steps=9": nearest(), "ead-l1": nearest()},
+                "norm": "l2",
+            },
+            "D6",
+            "FAIL",
+            False,
+        ),
         (probed("D7", num_broken=1), "D7", "FAIL", True),
         (probed("D7", n=0), "D7", "NA", False),
         ({"transfer": {"plain": some_right(0.3)[0]}}, "D8", "FAIL", False),
@@ -138,13 +180,19 @@ def curve(*points):
         ),
         ({"robust": {"fgsm": 0.6, "pgd": 0.5, "pgd-margin": 0.4}}, "D10", "WARN", False),
         ({"robust": {"apgd-ce": 0.5, "apgd-dlr": 0.4}}, "D10", "WARN", False),
-        ({"robust": {"fgsm": 0.6}}, "D10", "NA", False),
+        ({"robust": {"fgsm": 0.6}}, "D10", "PASS", False),
+        ({"robust": {"fgsm": 0.6}, "probes": None}, "D10", "NA", False),
+        (probed("D10", accuracy=[0.4, 0.37], num_differing=15), "D10", "WARN", False),
+        (probed("D10", accuracy=[0.4, 0.37], num_differing=100), "D10", "PASS", False),
+        (probed("D10", accuracy=[0.37, 0.4], num_differing=15), "D10", "PASS", False),
         ({"zero_gradient_share": 0.001}, "D11", "FAIL", False),
         (probed("D11", median_gradient={"clean": 1e-4}), "D11", "WARN", False),
         (probed("D12", median_cosine=[0.05, 0.0, 0.0]), "D12", "FAIL", False),
         (probed("D12", median_error={"gradient": [0.1], "random": [0.6]}), "D12", "FAIL", False),
         (probed("D12", median_error={"gradient": [0.1, None]}), "D12", "FAIL", False),
         (probed("D13", median=0.6), "D13", "WARN", False),
+        (probed("D13", falling_share=0.11), "D13", "WARN", False),
+        (probed("D13", falling_share=None), "D13", "WARN", False),
         (probed("D14", zero_share=0.01), "D14", "FAIL", True),
         (probed("D14", operations=["round"]), "D14", "FAIL", True),
         (probed("D15", mean=0.3), "D15", "WARN", False),
@@ -172,6 +220,24 @@ def test_each_sign_of_masking_is_seen(changes, identifier, status, suspected):
     assert found == suspected
     value = entries[identifier]["value"]
     assert value is None or math.isfinite(value)
+
+
+def test_labels_alone_are_compared_with_the_best_attack_on_what_is_right():
+    """Ten of 100 are closer than DeepFool, but FAB is closer still on all but the last, wrong."""
+    closer = {**PROBES["D6"], "distances": [0.25] * 10 + [0.5] * 90}
+    wrong = np.arange(1000) >= 2
+    weak, strong = nearest(), nearest()
+    strong[1][2:10] = 0.2
+    norms = {"deepfool": (*weak[:2], wrong), "fab": (*strong[:2], wrong)}
+    entries, _ = diagnose(probes={**PROBES, "D6": closer}, minimum_norms=norms)
+    assert (entries["D6"]["value"], entries["D6"]["status"]) == (0, "PASS")
+    del norms["fab"]
+    entries, _ = diagnose(probes={**PROBES, "D6": closer}, minimum_norms=norms)
+    assert entries["D6"]["value"] == pytest.approx(8 / 98)
+    assert (entries["D6"]["status"], entries["D6"]["n"]) == ("FAIL", 98)
+    # What no attack breaks is infinitely far.
+    norms["fab"] = (np.zeros(1000, bool), np.zeros(1000), wrong)
+    assert diagnose(probes={**PROBES, "D6": closer}, minimum_norms=norms)[0]["D6"]["n"] == 98
 
 
 def test_operations_are_named():

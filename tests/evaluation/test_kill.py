@@ -1,5 +1,6 @@
 """Killed evaluations: resumed, they end with the same numbers and repeat nothing."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -9,8 +10,10 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
+import sklearn.datasets
 
 from gfa_jax.training import loop
 from tests.evaluation.test_evaluate import tiny_config
@@ -19,10 +22,10 @@ ROOT = pathlib.Path(__file__).parents[2]
 ATTACKS = "autoattack:num_steps=10:num_queries=200,apgd-ce:num_steps=5,deepfool:num_steps=10"
 
 
-def start(workdir, out, *flags, num_devices=1):
+def start(workdir, out, *flags, attacks=ATTACKS, num_devices=1):
     """Starts eval.py in a process of its own."""
     command = [sys.executable, "eval.py", "--workdir", str(workdir), "--out", str(out)]
-    command += ["--attacks", ATTACKS, "--diagnostics", "off", *flags]
+    command += ["--attacks", attacks, "--diagnostics", "off", *flags]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(num_devices)}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -30,12 +33,12 @@ def start(workdir, out, *flags, num_devices=1):
 
 
 def finish(process):
-    _, errors = process.communicate(timeout=600)
+    _, errors = process.communicate(timeout=1800)
     assert process.returncode == 0, errors.decode()
 
 
 def outcomes(out):
-    with np.load(out / "outcomes.npz", allow_pickle=False) as stored:
+    with np.load(out / "outcomes.npz") as stored:
         return dict(stored)
 
 
@@ -54,39 +57,108 @@ def whole(workdir, tmp_path_factory):
     return out
 
 
-@pytest.mark.slow
-def test_an_evaluation_killed_at_five_moments_ends_with_the_same_numbers(workdir, whole, tmp_path):
-    rng = random.Random(0)
+def kill_five_times(rng, out, most_records, start_again):
+    """Starts, and kills after some more records; returns records and when they were written."""
+    folder = out / "records"
     for _ in range(5):
-        process = start(workdir, tmp_path, "--batch_size", "32")
-        before = len(list((tmp_path / "records").rglob("*.npz")))
-        target = before + rng.randint(1, 6)
+        process = start_again()
+        # A part counts, too; whole records replace theirs.
+        target = len(list(folder.rglob("*.npz"))) + rng.randint(1, most_records)
         while process.poll() is None:
-            # A part counts, too; whole records replace theirs.
-            if len(list((tmp_path / "records").rglob("*.npz"))) >= target:
+            if len(list(folder.rglob("*.npz"))) >= target:
                 time.sleep(rng.uniform(0, 0.2))
                 break
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        if process.returncode == 0:
-            break
-    kept = {
+        assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
+    return {
         path: path.stat().st_mtime_ns
-        for path in (tmp_path / "records").rglob("*.npz")
+        for path in folder.rglob("*.npz")
         if not path.parent.name.endswith(".parts")
     }
-    finish(start(workdir, tmp_path, "--batch_size", "32"))
-    for path, changed in kept.items():
-        assert path.stat().st_mtime_ns == changed
-    one, other = outcomes(whole), outcomes(tmp_path)
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        np.testing.assert_array_equal(other[name], value, name)
-    results = [json.loads((folder / "results.json").read_text()) for folder in (whole, tmp_path)]
+
+
+def assert_same(one, other):
+    """Compares everything that two evaluations wrote but the time they took."""
+    for name in ("outcomes.npz", "adversarial.npz"):
+        with np.load(one / name) as expected, np.load(other / name) as found:
+            assert set(expected) == set(found)
+            for field in expected:
+                np.testing.assert_array_equal(found[field], expected[field], field)
+    results = [json.loads((folder / "results.json").read_text()) for folder in (one, other)]
     for result in results:
         del result["seconds"]
     assert results[0] == results[1]
+
+
+@pytest.mark.slow
+def test_an_evaluation_killed_at_five_moments_ends_with_the_same_numbers(workdir, whole, tmp_path):
+    def start_again():
+        return start(workdir, tmp_path, "--batch_size", "32")
+
+    kept = kill_five_times(random.Random(0), tmp_path, 3, start_again)
+    finish(start_again())
+    for path, changed in kept.items():
+        assert path.stat().st_mtime_ns == changed
+    assert_same(whole, tmp_path)
+
+
+def digits_size():
+    """1,000 test images of 8x8."""
+    digits = sklearn.datasets.load_digits()
+    return (digits.images[..., None] / 16).astype(np.float32), digits.target, 1000, 0.15
+
+
+def cifar_size():
+    """500 test images of 32x32 in colour: coarse patterns, one for each class, and noise."""
+    rng = np.random.default_rng(0)
+    patterns = rng.uniform(0.1, 0.9, (10, 4, 4, 3)).repeat(8, axis=1).repeat(8, axis=2)
+    labels = np.arange(1300) % 10
+    images = patterns[labels] + rng.normal(0, 0.2, (1300, 32, 32, 3))
+    return np.clip(images, 0, 1).astype(np.float32), labels, 500, 8 / 255
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [digits_size, cifar_size])
+def test_standard_autoattack_killed_at_five_moments_ends_with_the_same_numbers(make, tmp_path):
+    images, labels, num_test, epsilon = make()
+    np.savez(
+        tmp_path / "images.npz",
+        train_images=images[num_test:],
+        train_labels=labels[num_test:],
+        test_images=images[:num_test],
+        test_labels=labels[:num_test],
+    )
+    config = tiny_config()
+    config = dataclasses.replace(
+        config,
+        batch_size=50,
+        train_steps=400,
+        gfa=dataclasses.replace(config.gfa, weight=0.0),
+        data=dataclasses.replace(
+            config.data, name=f"arrays:{tmp_path}/images.npz", max_train_examples=None
+        ),
+        model=dataclasses.replace(config.model, input_mean=(0.5,), input_std=(0.3,)),
+        threat=dataclasses.replace(config.threat, epsilon=epsilon),
+    )
+    loop.train_and_evaluate(config, tmp_path / "run")
+    jax.clear_caches()
+
+    def start_in(out):
+        return start(tmp_path / "run", out, "--batch_size", "100", attacks="autoattack")
+
+    kept = kill_five_times(
+        random.Random(0), tmp_path / "killed", 15, lambda: start_in(tmp_path / "killed")
+    )
+    finish(start_in(tmp_path / "killed"))
+    for path, changed in kept.items():
+        assert path.stat().st_mtime_ns == changed
+    finish(start_in(tmp_path / "whole"))
+    assert_same(tmp_path / "whole", tmp_path / "killed")
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+    # Some images resist to the end, so that all members have work to do.
+    assert 0.1 < results["robust_accuracy"]["worst_case"] < results["clean_accuracy"] - 0.1
 
 
 @pytest.mark.slow
