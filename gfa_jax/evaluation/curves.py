@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,9 +15,11 @@ from gfa_jax.threat import ThreatModel
 from gfa_jax.training.progress import Progress
 from gfa_jax.types import Array
 
-CURVES: dict[str, tuple[str, dict[str, Any]]] = {
-    "apgd-ce:loss=margin:num_steps=20": ("apgd-ce", {"loss": "margin", "num_steps": 20}),
-    "square:num_queries=200": ("square", {"num_queries": 200}),
+Options = tuple[tuple[str, Any], ...]
+
+CURVES: dict[str, tuple[str, Options]] = {
+    "apgd-ce:loss=margin:num_steps=20": ("apgd-ce", (("loss", "margin"), ("num_steps", 20))),
+    "square:num_queries=200": ("square", (("num_queries", 200),)),
 }
 """The attacks of the accuracy curves, with a gradient and without."""
 
@@ -48,31 +51,19 @@ def accuracy_curves(
     progress = Progress("accuracy against epsilon", len(CURVES) * len(epsilons))
     curves: list[dict[str, Any]] = []
     try:
-        for text, (name, options) in CURVES.items():
-
-            @jax.jit
-            def resist(
-                variables: Any,
-                batch: dict[str, Array],
-                epsilon: Array,
-                name: str = name,
-                options: dict[str, Any] = options,
-            ) -> Array:
-                ball = dataclasses.replace(threat, epsilon=epsilon)
-                attack = attacks.create(name, ball, **options)
-                keys = attacks.example_keys(key, batch["ids"])
-                logits_fn = functools.partial(subject.apply_logits, variables)
-                inputs = data.to_float(batch["inputs"])
-                return ~attack(logits_fn, keys, inputs, batch["labels"]).success
-
+        for text in CURVES:
             points = []
             for epsilon in epsilons:
                 parts = [
                     np.asarray(
-                        resist(
+                        _resist(
+                            CURVES[text],
+                            subject.apply_logits,
+                            threat,
+                            jnp.float32(epsilon),
+                            key,
                             subject.variables,
                             subject.put(batch),
-                            jnp.float32(epsilon),
                         )
                     )[batch["mask"]]
                     for batch in data.eval_batches(test_set, batch_size)
@@ -84,3 +75,24 @@ def accuracy_curves(
     finally:
         progress.close()
     return curves
+
+
+def _resist_fn(
+    curve: tuple[str, Options],
+    apply_logits: Callable[[Any, Array], Array],
+    threat: ThreatModel,
+    epsilon: Array,
+    key: Array,
+    variables: Any,
+    batch: dict[str, Array],
+) -> Array:
+    """Returns which examples of a batch stay right within epsilon, bool ``[B]``."""
+    name, options = curve
+    attack = attacks.create(name, dataclasses.replace(threat, epsilon=epsilon), **dict(options))
+    keys = attacks.example_keys(key, batch["ids"])
+    inputs = data.to_float(batch["inputs"])
+    logits_fn = functools.partial(apply_logits, variables)
+    return ~attack(logits_fn, keys, inputs, batch["labels"]).success
+
+
+_resist = jax.jit(_resist_fn, static_argnums=(0, 1, 2))
