@@ -2,11 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 
 from gfa_jax import _validate
 from gfa_jax.models.cnn import CNN, INITIALIZERS
+from gfa_jax.models.resnet import ResNet
+from gfa_jax.models.vit import ViT
 
 ModelFactory = Callable[..., nn.Module]
 
@@ -22,6 +25,7 @@ class ModelSpec:
       hidden_layers: the pattern of the taps that are aligned by default.
       min_size: the smallest image height and width that the model takes.
       description: one line.
+      has_homogeneous_form: whether ``homogeneous`` may be true.
     """
 
     factory: ModelFactory
@@ -29,6 +33,7 @@ class ModelSpec:
     hidden_layers: str
     min_size: int
     description: str
+    has_homogeneous_form: bool = True
 
 
 def _scaled(stages: Sequence[Sequence[int]], width: float) -> tuple[tuple[int, ...], ...]:
@@ -55,7 +60,51 @@ def _cnn7(*, homogeneous: bool, width: float, **options: object) -> nn.Module:
     )
 
 
-_CNN_TAPS = {"input_layer": "normalize", "hidden_layers": "(block|dense)_[0-9]+"}
+def _resnet(stem: int, stages: Sequence[Sequence[int]]) -> ModelFactory:
+    def factory(*, width: float, **options: object) -> nn.Module:
+        return ResNet(
+            stem=_scaled(((stem,),), width)[0][0],
+            stages=_scaled(stages, width),
+            **options,  # type: ignore[arg-type]
+        )
+
+    return factory
+
+
+def _wide_resnet(depth: int, factor: int) -> ModelFactory:
+    """A WideResNet has three stages of ``(depth - 4) / 6`` blocks with two convolutions each."""
+    num_blocks = (depth - 4) // 6
+    return _resnet(16, [[features * factor] * num_blocks for features in (16, 32, 64)])
+
+
+def _vit(num_heads: int) -> ModelFactory:
+    def factory(
+        *, homogeneous: bool, width: float, initializer: str, **options: object
+    ) -> nn.Module:
+        del homogeneous  # always false: there is no other form
+        if initializer != "he":
+            raise ValueError(
+                f"initializer={initializer!r} is for networks of ReLUs; a ViT has an "
+                "initialisation of its own: leave the default."
+            )
+        head_width = max(1, round(64 * width))
+        features = num_heads * head_width
+        return ViT(
+            features=features,
+            depth=12,
+            num_heads=num_heads,
+            hidden=4 * features,
+            **options,  # type: ignore[arg-type]
+        )
+
+    return factory
+
+
+_CNN_TAPS: dict[str, Any] = {"input_layer": "normalize", "hidden_layers": "(block|dense)_[0-9]+"}
+_RESNET_TAPS: dict[str, Any] = {"input_layer": "normalize", "hidden_layers": "block_[0-9]+"}
+# Logits have degree 0 in what a ViT's last LayerNorm sees, and degree 1 in what it gives, but for
+# the head's bias.
+_VIT_TAPS: dict[str, Any] = {"input_layer": "normalize", "hidden_layers": "norm"}
 
 MODELS: dict[str, ModelSpec] = {
     "cnn4": ModelSpec(
@@ -81,6 +130,40 @@ MODELS: dict[str, ModelSpec] = {
         ),
         **_CNN_TAPS,
     ),
+    "preact_resnet18": ModelSpec(
+        factory=_resnet(64, ((64, 64), (128, 128), (256, 256), (512, 512))),
+        min_size=8,
+        description=(
+            "Pre-activation ResNet-18 for 32x32 images, 11.2 M parameters, with a last BatchNorm."
+        ),
+        **_RESNET_TAPS,
+    ),
+    "wide_resnet28_10": ModelSpec(
+        factory=_wide_resnet(28, 10),
+        min_size=4,
+        description="WideResNet-28-10 without dropout for 32x32 images, 36.5 M parameters.",
+        **_RESNET_TAPS,
+    ),
+    "wide_resnet34_10": ModelSpec(
+        factory=_wide_resnet(34, 10),
+        min_size=4,
+        description="WideResNet-34-10 without dropout for 32x32 images, 46.2 M parameters.",
+        **_RESNET_TAPS,
+    ),
+    "vit_tiny": ModelSpec(
+        factory=_vit(3),
+        min_size=4,
+        description="ViT-Ti on patches of 4x4, mean of the tokens, 5.4 M parameters.",
+        has_homogeneous_form=False,
+        **_VIT_TAPS,
+    ),
+    "vit_small": ModelSpec(
+        factory=_vit(6),
+        min_size=4,
+        description="ViT-S on patches of 4x4, mean of the tokens, 21.3 M parameters.",
+        has_homogeneous_form=False,
+        **_VIT_TAPS,
+    ),
 }
 
 
@@ -101,20 +184,25 @@ def create(
       num_classes: logits, at least 2.
       homogeneous: without biases and normalisation layers, so that every layer's map to the logits
         has degree 1 and alignment is possible; otherwise the usual form with biases (and BatchNorm
-        in ``cnn7``).
+        in ``cnn7`` and residual networks). ViTs have the usual form only.
       width: factor on all channel counts, > 0.
-      initializer: ``he`` or ``orthogonal``.
+      initializer: ``he`` or ``orthogonal``; ViTs, which have their own, take the default only.
       input_mean: subtracted from images inside the model, one value or one for each channel.
       input_std: divides them; > 0.
 
     Raises:
-      ValueError: for an unknown name or a value out of range.
+      ValueError: for an unknown name, a value out of range, or an option that the model lacks.
     """
     _validate.one_of(MODELS, model=name)
     _validate.one_of(INITIALIZERS, initializer=initializer)
     _validate.positive(width=width, **{f"input_std[{i}]": std for i, std in enumerate(input_std)})
     if num_classes < 2:
         raise ValueError(f"num_classes={num_classes} must be at least 2.")
+    if homogeneous and not MODELS[name].has_homogeneous_form:
+        raise ValueError(
+            f"model={name!r} has no homogeneous form: pass homogeneous=False. docs/models.md says "
+            "where it can be aligned."
+        )
     return MODELS[name].factory(
         num_classes=num_classes,
         homogeneous=homogeneous,

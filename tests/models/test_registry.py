@@ -10,43 +10,93 @@ from gfa_jax import taps
 from gfa_jax.models import MODELS, create
 from gfa_jax.training import state
 
-SHAPES = {"cnn4": (8, 8, 1), "cnn6": (32, 32, 3), "cnn7": (32, 32, 3)}
+FORMS = [
+    (name, homogeneous)
+    for name, spec in MODELS.items()
+    for homogeneous in (True, False)
+    if spec.has_homogeneous_form or not homogeneous
+]
+CNNS = ("cnn4", "cnn6", "cnn7")
+NUM_TAPS = {
+    "cnn4": 5,
+    "cnn6": 7,
+    "cnn7": 7,
+    "preact_resnet18": 1 + 8,
+    "wide_resnet28_10": 1 + 12,
+    "wide_resnet34_10": 1 + 15,
+    "vit_tiny": 2,
+    "vit_small": 2,
+}
+
+
+def image_shape(name):
+    return (8, 8, 1) if name == "cnn4" else (32, 32, 3)
 
 
 def build(name, key, **options):
     module = create(name, num_classes=5, **options)
-    images = jax.random.uniform(key, (2, *SHAPES[name]))
+    images = jax.random.uniform(key, (2, *image_shape(name)))
     return module, jax.jit(module.init)(key, images), images
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("homogeneous", [True, False])
+def initial_shapes(name, key, size=None, **options):
+    """The variables' shapes, which cost no computation, and the module."""
+    module = create(name, num_classes=5, **options)
+    height, width, channels = image_shape(name)
+    images = jnp.zeros((2, size or height, size or width, channels))
+    return module, jax.eval_shape(module.init, key, images), images
+
+
+@pytest.mark.parametrize(("name", "homogeneous"), FORMS)
 def test_logits_and_default_taps(name, homogeneous, key):
-    module, variables, images = build(name, key, homogeneous=homogeneous, width=0.25)
+    module, variables, images = initial_shapes(name, key, homogeneous=homogeneous)
     spec = MODELS[name]
-    apply_fn = taps.tap_linen(module, variables, layers=[spec.input_layer, spec.hidden_layers])
-    logits, features = jax.jit(lambda x: apply_fn({}, x))(images)
+
+    def forward(variables, images):
+        patterns = [spec.input_layer, spec.hidden_layers]
+        return taps.tap_linen(module, variables, layers=patterns)({}, images)
+
+    logits, features = jax.eval_shape(forward, variables, images)
     assert logits.shape == (2, 5)
     assert logits.dtype == jnp.float32
-    assert spec.input_layer in features
-    assert len(features) == {"cnn4": 5, "cnn6": 7, "cnn7": 7}[name]
-    assert all((feature >= 0).all() for path, feature in features.items() if path != "normalize")
+    assert features[spec.input_layer].shape == images.shape
+    assert len(features) == NUM_TAPS[name]
+
+
+@pytest.mark.parametrize("name", CNNS)
+def test_hidden_taps_of_cnns_are_activations(name, key):
+    module, variables, images = build(name, key, width=0.25)
+    apply_fn = taps.tap_linen(module, variables, layers=MODELS[name].hidden_layers)
+    _, features = jax.jit(lambda x: apply_fn({}, x))(images)
+    assert all((feature >= 0).all() for feature in features.values())
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_smallest_image(name, key):
+    _, variables, _ = initial_shapes(name, key, size=MODELS[name].min_size, homogeneous=False)
+    assert all(leaf.size > 0 for leaf in jax.tree.leaves(variables))
+
+
+@pytest.mark.parametrize("name", CNNS)
 def test_homogeneous_models_scale_with_their_normalised_input(name, key):
     module, variables, images = build(name, key, input_mean=(0.0,), input_std=(0.5,), width=0.25)
     logits = jax.jit(lambda x: module.apply(variables, x))
     chex.assert_trees_all_close(logits(3 * images), 3 * logits(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name, homogeneous in FORMS if homogeneous])
+def test_homogeneous_models_have_no_biases_and_no_statistics(name, key):
+    _, variables, _ = initial_shapes(name, key)
+    assert set(variables) == {"params"}
     paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(variables)]
     assert not any("bias" in path or "scale" in path for path in paths)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_usual_form_has_biases(name, key):
-    _, variables, _ = build(name, key, homogeneous=False, width=0.25)
+    _, variables, _ = initial_shapes(name, key, homogeneous=False)
     assert "bias" in variables["params"]["head"]
-    assert ("batch_stats" in variables) == (name == "cnn7")
+    assert ("batch_stats" in variables) == (name not in ("cnn4", "cnn6", "vit_tiny", "vit_small"))
 
 
 def test_cnn7_has_the_published_size(key):

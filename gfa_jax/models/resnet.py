@@ -1,0 +1,189 @@
+"""Pre-activation residual networks for small images, with a homogeneous form.
+
+PreAct ResNet-18 (He et al., arXiv 1603.05027) and WideResNets (Zagoruyko and Komodakis, arXiv
+1605.07146) are one network of different widths and depths: a 3x3 convolution, stages of residual
+blocks that halve the image from the second stage on, BatchNorm, ReLU, and the mean over the image.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+
+from gfa_jax import _validate
+from gfa_jax.models import layers
+from gfa_jax.models.cnn import INITIALIZERS
+from gfa_jax.types import Array
+
+_HEAD_INITIALIZER = nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
+
+
+def _convolution(
+    features: int, size: int, *, strides: int, initializer: str, dtype: Any, name: str
+) -> nn.Conv:
+    return nn.Conv(
+        features,
+        (size, size),
+        strides=strides,
+        # As much on either side, as in PyTorch; SAME pads only one side where strides are 2.
+        padding=size // 2,
+        use_bias=False,
+        kernel_init=INITIALIZERS[initializer],
+        dtype=dtype,
+        conv_general_dilated=layers.conv_general_dilated,
+        name=name,
+    )
+
+
+class Activation(nn.Module):
+    """BatchNorm, where the network has it, and ReLU.
+
+    Attributes:
+      batch_norm: whether BatchNorm comes first.
+      dtype: of the computation.
+    """
+
+    batch_norm: bool
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, inputs: Array, *, train: bool) -> Array:
+        """Maps ``[B, H, W, C]`` to the same shape, >= 0."""
+        hidden = inputs
+        if self.batch_norm:
+            hidden = nn.BatchNorm(
+                use_running_average=not train,
+                momentum=0.9,
+                epsilon=1e-5,
+                dtype=self.dtype,
+                name="norm",
+            )(hidden)
+        return nn.relu(hidden)
+
+
+class Block(nn.Module):
+    """A residual block: the shortcut plus two convolutions, each of them after an activation.
+
+    Submodules: ``activation_0``, ``shortcut`` where the shape changes, ``conv_0``,
+    ``activation_1``, ``conv_1``.
+
+    Attributes:
+      features: output channels.
+      strides: of the first convolution and the shortcut.
+      batch_norm: whether activations have BatchNorm.
+      branch_scale: factor on the convolutions' output before it is added.
+      initializer: a key of ``cnn.INITIALIZERS``.
+      dtype: of the computation; parameters stay float32.
+    """
+
+    features: int
+    strides: int = 1
+    batch_norm: bool = True
+    branch_scale: float = 1.0
+    initializer: str = "he"
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, inputs: Array, *, train: bool) -> Array:
+        """Maps ``[B, H, W, C]`` to ``[B, H', W', features]`` with ``H' = ceil(H / strides)``."""
+        options: dict[str, Any] = {"initializer": self.initializer, "dtype": self.dtype}
+        hidden = Activation(self.batch_norm, self.dtype, name="activation_0")(inputs, train=train)
+        shortcut = inputs
+        if self.strides != 1 or inputs.shape[-1] != self.features:
+            # Of what the branch sees, as in both papers' code, and not of the raw input.
+            shortcut = _convolution(
+                self.features, 1, strides=self.strides, name="shortcut", **options
+            )(hidden)
+        hidden = _convolution(self.features, 3, strides=self.strides, name="conv_0", **options)(
+            hidden
+        )
+        hidden = Activation(self.batch_norm, self.dtype, name="activation_1")(hidden, train=train)
+        hidden = _convolution(self.features, 3, strides=1, name="conv_1", **options)(hidden)
+        return shortcut + self.branch_scale * hidden
+
+
+class ResNet(nn.Module):
+    """A pre-activation residual network.
+
+    Submodules, which are the names of its taps: ``normalize``, ``stem``, ``block_0`` ...,
+    ``activation``, ``head``. The output of a block is the whole state of the network there, so in
+    the homogeneous form the logits have degree 1 in it. What lies beside a shortcut inside a block
+    is only a part: logits have degree below 1 in it as a rule.
+
+    The homogeneous form has neither BatchNorm nor biases. Without BatchNorm each block would double
+    the variance of its input, so branches are scaled by ``num_blocks ** -0.5``: with He
+    initialisation the expected variance grows by ``1 + 1 / num_blocks`` a block, by less than e in
+    all.
+    This is the uniform scaling of Stable ResNet (Hayou et al., arXiv 2010.12859) and, for branches
+    of two convolutions, the factor of Fixup (Zhang et al., arXiv 1901.09321), without Fixup's
+    biases, which would break homogeneity, and without its zeros, which would leave branches without
+    gradient.
+
+    Attributes:
+      num_classes: logits.
+      stem: output channels of the first convolution.
+      stages: output channels of the blocks of each stage; the first block of every stage but the
+        first halves height and width.
+      input_mean: of ``layers.Normalize``.
+      input_std: of ``layers.Normalize``.
+      homogeneous: whether it is the homogeneous form.
+      initializer: ``he`` or ``orthogonal``; the head starts smaller.
+      dtype: of the computation, such as ``jnp.bfloat16``; ``None`` for that of the inputs. Logits
+        come back in float32.
+    """
+
+    num_classes: int
+    stem: int
+    stages: Sequence[Sequence[int]]
+    input_mean: Sequence[float] = (0.0,)
+    input_std: Sequence[float] = (1.0,)
+    homogeneous: bool = False
+    initializer: str = "he"
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, inputs: Array, *, train: bool = False) -> Array:
+        """Returns logits.
+
+        Args:
+          inputs: float images ``[B, H, W, C]`` in [0, 1].
+          train: whether BatchNorm uses and updates batch statistics.
+
+        Returns:
+          float32 ``[B, num_classes]``.
+
+        Raises:
+          ValueError: for an unknown initialiser, or stages without blocks.
+        """
+        _validate.one_of(INITIALIZERS, initializer=self.initializer)
+        if not self.stages or not all(self.stages):
+            raise ValueError(f"stages={self.stages} must have at least one block in every stage.")
+        options: dict[str, Any] = {"initializer": self.initializer, "dtype": self.dtype}
+        batch_norm = not self.homogeneous
+        num_blocks = sum(len(stage) for stage in self.stages)
+        branch_scale = num_blocks**-0.5 if self.homogeneous else 1.0
+
+        hidden = layers.Normalize(self.input_mean, self.input_std, name="normalize")(inputs)
+        hidden = _convolution(self.stem, 3, strides=1, name="stem", **options)(hidden)
+        index = 0
+        for stage, widths in enumerate(self.stages):
+            for position, features in enumerate(widths):
+                hidden = Block(
+                    features,
+                    strides=2 if stage > 0 and position == 0 else 1,
+                    batch_norm=batch_norm,
+                    branch_scale=branch_scale,
+                    name=f"block_{index}",
+                    **options,
+                )(hidden, train=train)
+                index += 1
+        hidden = Activation(batch_norm, self.dtype, name="activation")(hidden, train=train)
+        hidden = hidden.mean(axis=(1, 2))
+        head = nn.Dense(
+            self.num_classes,
+            use_bias=not self.homogeneous,
+            kernel_init=_HEAD_INITIALIZER,
+            dtype=self.dtype,
+            name="head",
+        )
+        return head(hidden).astype("float32" if self.dtype is not None else hidden.dtype)
