@@ -1,14 +1,4 @@
-"""Training objectives: pure functions ``(model, params, batch, key) -> (loss, aux)`` that compose.
-
-    objective = gfa(weight=3.0, layer_norms={"normalize": "linf"})
-    attack = attacks.pgd(threat, num_steps=7, keep="last")
-    objective = adversarial(attack, objective)  # GFA on adversarial examples
-    loss_fn = functools.partial(objective, model)
-    (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
-
-Weights and radii may be traced scalars, so an objective can be built inside a compiled step from
-schedules of the step number.
-"""
+"""Gradient-feature alignment (GFA) as an objective; ``alignment`` holds the formulas."""
 
 import functools
 import re
@@ -21,10 +11,9 @@ import jax.numpy as jnp
 from gfa_jax import _validate, losses, norms, taps
 from gfa_jax import alignment as alignment_lib
 from gfa_jax.attacks import base as attacks_base
+from gfa_jax.objectives.classification import Penalty, regularized
 from gfa_jax.types import (
     Array,
-    AttackFn,
-    Aux,
     Batch,
     Features,
     LossFn,
@@ -42,26 +31,6 @@ TARGETS = (*losses.LOSSES, SAMPLED_MARGIN)
 each example at every step."""
 
 
-def _classification_metrics(logits: Array, labels: Array, loss: Array) -> Metrics:
-    return {
-        "loss": loss,
-        "cross_entropy": jnp.mean(losses.cross_entropy(logits, labels)),
-        "accuracy": jnp.mean(jnp.argmax(logits, axis=1) == labels),
-    }
-
-
-def cross_entropy() -> Objective:
-    """Mean cross-entropy: standard training. Metrics: ``loss``, ``cross_entropy``, ``accuracy``."""
-
-    def objective(model: ModelFn, params: Params, batch: Batch, key: Array) -> tuple[Array, Aux]:
-        del key
-        (logits, _), model_state = model(params, {}, batch["inputs"], train=True)
-        loss = jnp.mean(losses.cross_entropy(logits, batch["labels"]))
-        return loss, Aux(_classification_metrics(logits, batch["labels"], loss), model_state)
-
-    return objective
-
-
 def gfa(
     weight: float | Array = 1.0,
     *,
@@ -71,6 +40,7 @@ def gfa(
     form: str = "log",
     second_order: str = "exact",
     displacement: float = 0.02,
+    cross_entropy_weight: float | Array = 1.0,
 ) -> Objective:
     """Cross-entropy plus gradient-feature alignment at every tapped layer of the model.
 
@@ -95,6 +65,7 @@ def gfa(
         ordinary gradients only, with one more pass whose taps are displaced along the penalty's
         gradient; for layers without a second derivative.
       displacement: of the finite difference, as a share of the feature's norm, in (0, 1).
+      cross_entropy_weight: 0 leaves the penalty alone, to add to another objective (``sum_of``).
 
     Returns:
       The objective. Metrics: ``loss``, ``cross_entropy``, ``accuracy``, ``alignment_penalty``,
@@ -122,8 +93,6 @@ def gfa(
     _validate.one_of(SECOND_ORDER, second_order=second_order)
     if not 0 < displacement < 1:
         raise ValueError(f"displacement={displacement!r} must lie in (0, 1).")
-    if isinstance(weight, int | float) and weight == 0:
-        return cross_entropy()
 
     def penalty(features: Features, grads: Features) -> tuple[Array, Metrics]:
         """Returns the weighted mean penalty of the batch and its metrics."""
@@ -148,26 +117,15 @@ def gfa(
         metrics["zero_gradients"] = jnp.mean(jnp.stack(zeros))
         return total / sum(weights[name] for name in names), metrics
 
-    def objective(model: ModelFn, params: Params, batch: Batch, key: Array) -> tuple[Array, Aux]:
+    def penalty_fn(model: ModelFn, params: Params, batch: Batch, key: Array) -> Penalty:
         inputs, labels = batch["inputs"], batch["labels"]
         target_fn = _target_function(target, key, labels)
         differentiate = (
             _exact_penalty if second_order == "exact" else _finite_difference_penalty(displacement)
         )
-        value, metrics, logits, model_state = differentiate(
-            penalty, model, params, inputs, labels, target_fn
-        )
-        ce = jnp.mean(losses.cross_entropy(logits, labels))
-        loss = ce + weight * value
-        metrics = {
-            **_classification_metrics(logits, labels, loss),
-            **metrics,
-            "alignment_penalty": value,
-            "alignment_weight": jnp.asarray(weight, jnp.float32),
-        }
-        return loss, Aux(metrics, model_state)
+        return Penalty(*differentiate(penalty, model, params, inputs, labels, target_fn))
 
-    return objective
+    return regularized(penalty_fn, weight, cross_entropy_weight, name="alignment")
 
 
 Value = TypeVar("Value")
@@ -295,66 +253,3 @@ def _norm_ratio(features: Array, slopes: Array) -> Array:
     usable = (size > 0) & (slope > 0)
     ratio = size / jnp.where(usable, slope, 1) * (feature_scale / slope_scale)
     return jax.lax.stop_gradient(jnp.where(usable, ratio, 1e30))
-
-
-def adversarial(
-    attack: AttackFn, objective: Objective, *, attack_train_mode: bool = False
-) -> Objective:
-    """Adversarial training: an objective on adversarial examples of the current parameters.
-
-    No gradient flows through the attack. Metrics are the inner objective's, on the adversarial
-    inputs.
-
-    Args:
-      attack: such as ``attacks.pgd(threat, num_steps=10, keep="last")``.
-      objective: any objective: ``cross_entropy()`` gives PGD-AT or FGSM-AT, ``gfa(...)`` alignment
-        at adversarial points.
-      attack_train_mode: whether the attack sees the model in training mode (BatchNorm with batch
-        statistics, as in the code of Rice et al. 2020) or in evaluation mode. The statistics of its
-        passes are discarded either way.
-    """
-
-    def adversarial_objective(
-        model: ModelFn, params: Params, batch: Batch, key: Array
-    ) -> tuple[Array, Aux]:
-        attack_key, objective_key = jax.random.split(key)
-        inputs, labels = batch["inputs"], batch["labels"]
-        frozen = jax.lax.stop_gradient(params)
-
-        def logits_fn(inputs: Array) -> Array:
-            return model(frozen, {}, inputs, train=attack_train_mode)[0][0]
-
-        keys = attacks_base.example_keys(attack_key, jnp.arange(inputs.shape[0]))
-        adv_inputs = jax.lax.stop_gradient(attack(logits_fn, keys, inputs, labels).adv_inputs)
-        return objective(model, params, {**batch, "inputs": adv_inputs}, objective_key)
-
-    return adversarial_objective
-
-
-def sum_of(*objectives: Objective) -> Objective:
-    """Adds objectives evaluated on the same batch.
-
-    The loss is the sum; the model state is the first objective's. Metrics: ``loss`` is the sum; the
-    first objective's keep their names, those of the n-th (from 2) are ``term_n/...``.
-
-    Raises:
-      ValueError: for no objective.
-    """
-    if not objectives:
-        raise ValueError("sum_of needs at least one objective.")
-
-    def summed_objective(
-        model: ModelFn, params: Params, batch: Batch, key: Array
-    ) -> tuple[Array, Aux]:
-        keys = jax.random.split(key, len(objectives))
-        results = [
-            term(model, params, batch, term_key)
-            for term, term_key in zip(objectives, keys, strict=True)
-        ]
-        metrics = dict(results[0][1].metrics)
-        for number, (_, aux) in enumerate(results[1:], start=2):
-            metrics |= {f"term_{number}/{name}": value for name, value in aux.metrics.items()}
-        loss = functools.reduce(jnp.add, [loss for loss, _ in results])
-        return loss, Aux({**metrics, "loss": loss}, results[0][1].model_state)
-
-    return summed_objective
