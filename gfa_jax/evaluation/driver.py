@@ -29,6 +29,11 @@ from gfa_jax.types import AttackResult
 
 _BATCHES_PER_CHUNK = 4
 _MEMBERS = "members/"
+_OF_EACH_EXAMPLE = (
+    *("success", "distance", "margin", "reached", "attacked"),
+    *("num_forwards", "num_backwards"),
+)
+"""What ``outcomes.npz`` says of every attack on every example."""
 
 
 class _Chunk(NamedTuple):
@@ -201,7 +206,7 @@ class Evaluation:
             **{
                 f"{field}/{spec}": outcome[field]
                 for spec, outcome in outcomes.items()
-                for field in ("success", "distance", "margin", "reached", "attacked")
+                for field in _OF_EACH_EXAMPLE
             },
         }
         return results, by_example, adversarial_images(first, outcomes, images), shown

@@ -89,14 +89,14 @@ def first_broken(broken: Mapping[str, np.ndarray], clean_correct: np.ndarray) ->
 def adversarial_images(
     first_broken: np.ndarray, outcomes: Mapping[str, Outcome], images: Mapping[str, np.ndarray]
 ) -> Outcome:
-    """Returns the broken examples: their rows, images, distances, margins, classes and attacks."""
+    """Returns the broken examples: rows, images, attacks and what these found and took."""
     rows = np.flatnonzero(first_broken >= 0)
     specs = list(outcomes)
     by_field: dict[str, list[Any]] = collections.defaultdict(list)
     for row in rows:
         spec = specs[first_broken[row]]
         by_field["images"].append(images[spec][row])
-        for field in ("distance", "margin", "reached"):
+        for field in ("distance", "margin", "reached", "num_forwards", "num_backwards"):
             by_field[field].append(outcomes[spec][field][row])
     empty = {"images": next(iter(images.values()))[:0]}
     return {

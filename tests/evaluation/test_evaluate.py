@@ -105,6 +105,12 @@ def test_outcomes_and_adversarial_images_tell_what_happened_to_each_example(eval
     np.testing.assert_array_equal(np.argmax(logits, axis=1), found["reached"])
     assert np.all(found["reached"] != run.test_set.labels[rows])
     assert np.all(found["margin"] >= 0)
+    for field in ("num_forwards", "num_backwards"):
+        counts = np.stack([outcomes[f"{field}/{name}"] for name in names])
+        assert {name: int(row.sum()) for name, row in zip(names, counts, strict=True)} == {
+            name: results["counts"][name][field] for name in names
+        }
+        np.testing.assert_array_equal(found[field], counts[found["attack"], rows])
     change = np.abs(found["images"] - run.test_set.images[rows]).max(axis=(1, 2, 3))
     np.testing.assert_allclose(change, found["distance"], atol=1e-6)
     assert change.max() <= 0.15 * (1 + 1e-5)
