@@ -15,7 +15,7 @@ from typing import Any
 
 from gfa_jax import _validate, alignment, files, norms, objectives
 from gfa_jax.models import MODELS
-from gfa_jax.models.cnn import INITIALIZERS
+from gfa_jax.models.layers import INITIALIZERS
 
 ATTACKS = ("none", "fgsm", "pgd")
 OPTIMIZERS = ("adamw", "sgd")

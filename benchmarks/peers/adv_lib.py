@@ -85,6 +85,7 @@ def _cw(model: Any, images: Any, labels: Any, task: Task) -> Any:
         labels,
         binary_search_steps=task.num_searches,
         max_iterations=task.num_steps,
+        initial_const=task.cw_constant,
     )
 
 

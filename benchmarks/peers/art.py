@@ -106,6 +106,7 @@ def _cw(classifier: Any, task: Task, size: int) -> Any:
         classifier,
         binary_search_steps=task.num_searches,
         max_iter=task.num_steps,
+        initial_const=task.cw_constant,
         batch_size=size,
         verbose=False,
     )

@@ -13,41 +13,9 @@ import jax.numpy as jnp
 from gfa_jax import norms
 from gfa_jax.attacks import base
 from gfa_jax.attacks.estimators import fold_in
+from gfa_jax.evaluation import probes
 from gfa_jax.threat import ThreatModel
 from gfa_jax.types import Array, LogitsFn
-
-
-def random_directions(threat: ThreatModel, keys: Array, inputs: Array) -> Array:
-    """Returns a random direction of unit threat norm for each example.
-
-    l_inf: random signs. l_2: normal. l_1: random signs on a random share of the coordinates, its
-    logarithm uniform from a single one to all, and zero elsewhere.
-
-    Args:
-      threat: its norm is used.
-      keys: typed PRNG keys ``[B]``.
-      inputs: ``[B, ...]``; shape and dtype are used.
-
-    Returns:
-      ``[B, ...]``.
-    """
-    shape, dtype = inputs.shape[1:], inputs.dtype
-
-    def draw(key: Array) -> Array:
-        if threat.norm == "linf":
-            return jax.random.rademacher(key, shape, dtype)
-        if threat.norm == "l2":
-            return jax.random.normal(key, shape, dtype)
-        sign_key, share_key, place_key = jax.random.split(key, 3)
-        places = jax.random.uniform(place_key, shape, dtype)
-        share = places.size ** -jax.random.uniform(share_key, (), dtype)
-        # The lowest always counts, so that no direction is zero.
-        chosen = places <= jnp.maximum(share, jnp.min(places))
-        return jnp.where(chosen, jax.random.rademacher(sign_key, shape, dtype), 0)
-
-    directions = jax.vmap(draw)(keys)
-    length = norms.vector_norm(directions, threat.norm)
-    return directions / norms.expand(jnp.where(length > 0, length, 1), directions)
 
 
 def closest_by_labels(
@@ -92,7 +60,7 @@ def closest_by_labels(
 
     def search(number: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         reach, best = carry
-        directions = random_directions(threat, fold_in(keys, number), inputs)
+        directions = probes.random_directions(threat, fold_in(keys, number), inputs)
 
         def try_radius(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             first, nearest = carry

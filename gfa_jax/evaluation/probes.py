@@ -52,16 +52,19 @@ def uphill_step(
     return threat.project(inputs, moved), here
 
 
-def surface_points(threat: ThreatModel, keys: Array, inputs: Array) -> Array:
-    """Returns a random point on the surface of each ball, as far as the box allows.
+def random_directions(threat: ThreatModel, keys: Array, inputs: Array) -> Array:
+    """Returns a random direction of unit threat norm for each example.
 
-    l_inf: a corner, which changes logits more than a uniform draw does. l_2: a uniform direction.
-    l_1: a Laplace direction.
+    l_inf: random signs. l_2: normal. l_1: random signs on a random share of the coordinates, its
+    logarithm uniform from a single one to all, and zero elsewhere.
 
     Args:
-      threat: ball and box.
+      threat: its norm is used.
       keys: typed PRNG keys ``[B]``.
-      inputs: ``[B, ...]``.
+      inputs: ``[B, ...]``; shape and dtype are used.
+
+    Returns:
+      ``[B, ...]``.
     """
     shape, dtype = inputs.shape[1:], inputs.dtype
 
@@ -70,12 +73,31 @@ def surface_points(threat: ThreatModel, keys: Array, inputs: Array) -> Array:
             return jax.random.rademacher(key, shape, dtype)
         if threat.norm == "l2":
             return jax.random.normal(key, shape, dtype)
-        return jax.random.laplace(key, shape, dtype)
+        sign_key, share_key, place_key = jax.random.split(key, 3)
+        places = jax.random.uniform(place_key, shape, dtype)
+        share = places.size ** -jax.random.uniform(share_key, (), dtype)
+        # The lowest always counts, so that no direction is zero.
+        chosen = places <= jnp.maximum(share, jnp.min(places))
+        return jnp.where(chosen, jax.random.rademacher(sign_key, shape, dtype), 0)
 
     directions = jax.vmap(draw)(keys)
     length = norms.vector_norm(directions, threat.norm)
-    unit = directions / norms.expand(jnp.where(length > 0, length, 1), directions)
-    return threat.project(inputs, inputs + threat.epsilon * unit)
+    return directions / norms.expand(jnp.where(length > 0, length, 1), directions)
+
+
+def surface_points(threat: ThreatModel, keys: Array, inputs: Array) -> Array:
+    """Returns a random point on the surface of each ball, as far as the box allows.
+
+    They lie along ``random_directions``: in l_inf a corner, which changes logits more than a
+    uniform draw does.
+
+    Args:
+      threat: ball and box.
+      keys: typed PRNG keys ``[B]``.
+      inputs: ``[B, ...]``.
+    """
+    directions = random_directions(threat, keys, inputs)
+    return threat.project(inputs, inputs + threat.epsilon * directions)
 
 
 def ball_points(threat: ThreatModel, keys: Array, inputs: Array, number: int | Array) -> Array:

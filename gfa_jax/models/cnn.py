@@ -10,15 +10,6 @@ from gfa_jax import _validate
 from gfa_jax.models import layers
 from gfa_jax.types import Array
 
-INITIALIZERS = {
-    "he": nn.initializers.he_normal(),
-    "orthogonal": nn.initializers.orthogonal(2**0.5),
-}
-"""Kernel initialisers that keep the signal's scale through ReLU; framework defaults shrink it at
-every layer."""
-
-_HEAD_INITIALIZER = nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
-
 
 class Block(nn.Module):
     """Convolution or dense layer, optional BatchNorm, ReLU; its output is one feature.
@@ -30,7 +21,7 @@ class Block(nn.Module):
         homogeneous.
       batch_norm: whether BatchNorm follows the layer.
       padding: of the convolution, ``SAME`` or ``VALID``.
-      initializer: a key of ``INITIALIZERS``.
+      initializer: a key of ``layers.INITIALIZERS``.
       dtype: of the computation; parameters stay float32.
     """
 
@@ -45,7 +36,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool) -> Array:
         """Maps ``[B, H, W, C]`` to ``[B, H', W', features]``; a dense block maps the last axis."""
-        kernel_init = INITIALIZERS[self.initializer]
+        kernel_init = layers.INITIALIZERS[self.initializer]
         if self.kernel_size:
             hidden = nn.Conv(
                 self.features,
@@ -124,7 +115,7 @@ class CNN(nn.Module):
           float32 ``[B, num_classes]``.
         """
         _validate.one_of(("average", "max"), pooling=self.pooling)
-        _validate.one_of(INITIALIZERS, initializer=self.initializer)
+        _validate.one_of(layers.INITIALIZERS, initializer=self.initializer)
         max_pool = functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))
         pool = layers.average_pool if self.pooling == "average" else max_pool
         options = {
@@ -153,7 +144,7 @@ class CNN(nn.Module):
         head = nn.Dense(
             self.num_classes,
             use_bias=self.use_bias,
-            kernel_init=_HEAD_INITIALIZER,
+            kernel_init=layers.HEAD_INITIALIZER,
             dtype=self.dtype,
             name="head",
         )

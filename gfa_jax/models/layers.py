@@ -15,6 +15,15 @@ _NHWC = ("NHWC", "HWIO", "NHWC")
 # What nn.Conv passes for channels-last images.
 _FLAX_NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 
+INITIALIZERS = {
+    "he": nn.initializers.he_normal(),
+    "orthogonal": nn.initializers.orthogonal(2**0.5),
+}
+"""Kernel initialisers that keep the signal's scale through ReLU; framework defaults shrink it at
+every layer."""
+HEAD_INITIALIZER = nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
+"""Of the last layer: logits start small."""
+
 
 class Normalize(nn.Module):
     """Maps images in [0, 1] to normalised units inside the model: attacks see raw images.

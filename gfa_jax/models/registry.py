@@ -7,7 +7,8 @@ from typing import Any
 import flax.linen as nn
 
 from gfa_jax import _validate
-from gfa_jax.models.cnn import CNN, INITIALIZERS
+from gfa_jax.models import layers
+from gfa_jax.models.cnn import CNN
 from gfa_jax.models.resnet import ResNet
 from gfa_jax.models.vit import ViT
 
@@ -194,7 +195,7 @@ def create(
       ValueError: for an unknown name, a value out of range, or an option that the model lacks.
     """
     _validate.one_of(MODELS, model=name)
-    _validate.one_of(INITIALIZERS, initializer=initializer)
+    _validate.one_of(layers.INITIALIZERS, initializer=initializer)
     _validate.positive(width=width, **{f"input_std[{i}]": std for i, std in enumerate(input_std)})
     if num_classes < 2:
         raise ValueError(f"num_classes={num_classes} must be at least 2.")

@@ -12,10 +12,7 @@ import flax.linen as nn
 
 from gfa_jax import _validate
 from gfa_jax.models import layers
-from gfa_jax.models.cnn import INITIALIZERS
 from gfa_jax.types import Array
-
-_HEAD_INITIALIZER = nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
 
 
 def _convolution(
@@ -28,7 +25,7 @@ def _convolution(
         # As much on either side, as in PyTorch; SAME pads only one side where strides are 2.
         padding=size // 2,
         use_bias=False,
-        kernel_init=INITIALIZERS[initializer],
+        kernel_init=layers.INITIALIZERS[initializer],
         dtype=dtype,
         conv_general_dilated=layers.conv_general_dilated,
         name=name,
@@ -72,7 +69,7 @@ class Block(nn.Module):
       strides: of the first convolution and the shortcut.
       batch_norm: whether activations have BatchNorm.
       branch_scale: factor on the convolutions' output before it is added.
-      initializer: a key of ``cnn.INITIALIZERS``.
+      initializer: a key of ``layers.INITIALIZERS``.
       dtype: of the computation; parameters stay float32.
     """
 
@@ -155,7 +152,7 @@ class ResNet(nn.Module):
         Raises:
           ValueError: for an unknown initialiser, or stages without blocks.
         """
-        _validate.one_of(INITIALIZERS, initializer=self.initializer)
+        _validate.one_of(layers.INITIALIZERS, initializer=self.initializer)
         if not self.stages or not all(self.stages):
             raise ValueError(f"stages={self.stages} must have at least one block in every stage.")
         options: dict[str, Any] = {"initializer": self.initializer, "dtype": self.dtype}
@@ -182,7 +179,7 @@ class ResNet(nn.Module):
         head = nn.Dense(
             self.num_classes,
             use_bias=not self.homogeneous,
-            kernel_init=_HEAD_INITIALIZER,
+            kernel_init=layers.HEAD_INITIALIZER,
             dtype=self.dtype,
             name="head",
         )

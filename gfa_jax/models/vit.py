@@ -20,7 +20,6 @@ POOLINGS = ("mean", "token")
 POSITIONS = ("learned", "sincos2d")
 
 _KERNEL_INITIALIZER = nn.initializers.xavier_uniform()
-_HEAD_INITIALIZER = nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
 
 
 def sincos_positions(height: int, width: int, features: int) -> np.ndarray:
@@ -154,7 +153,7 @@ class ViT(nn.Module):
         tokens = nn.LayerNorm(dtype=self.dtype, name="norm")(tokens)
         pooled = tokens[:, 0] if self.pooling == "token" else tokens.mean(axis=1)
         head = nn.Dense(
-            self.num_classes, kernel_init=_HEAD_INITIALIZER, dtype=self.dtype, name="head"
+            self.num_classes, kernel_init=layers.HEAD_INITIALIZER, dtype=self.dtype, name="head"
         )
         return head(pooled).astype("float32" if self.dtype is not None else pooled.dtype)
 

@@ -11,6 +11,7 @@ from gfa_jax.objectives.classification import (
     Penalty,
     classification_metrics,
     cross_entropy,
+    is_known,
     regularized,
     wide,
 )
@@ -69,7 +70,7 @@ def trades(
         metrics = _adversarial_accuracy(adv[0], batch)
         return Penalty(value, metrics, clean[0], (clean if statistics == "clean" else adv)[1])
 
-    if isinstance(beta, int | float) and beta == 0:
+    if is_known(beta, 0):
         return cross_entropy()
     return _with_attack(
         attack, regularized(penalty_fn, beta, 1.0, name="divergence"), start_std, attack_train_mode

@@ -32,7 +32,7 @@ def cross_entropy(label_smoothing: float | Array = 0.0) -> Objective:
       ValueError: for smoothing outside [0, 1].
     """
     _validate.fraction(label_smoothing=label_smoothing)
-    smooths = not (isinstance(label_smoothing, int | float) and label_smoothing == 0)
+    smooths = not is_known(label_smoothing, 0)
 
     def objective(model: ModelFn, params: Params, batch: Batch, key: Array) -> tuple[Array, Aux]:
         del key
@@ -87,7 +87,7 @@ def regularized(
       ValueError: for a negative weight.
     """
     _validate.non_negative(weight=weight, cross_entropy_weight=cross_entropy_weight)
-    if _is_python(weight, 0) and _is_python(cross_entropy_weight, 1):
+    if is_known(weight, 0) and is_known(cross_entropy_weight, 1):
         return cross_entropy()
 
     def objective(model: ModelFn, params: Params, batch: Batch, key: Array) -> tuple[Array, Aux]:
@@ -110,6 +110,6 @@ def wide(values: Array) -> Array:
     return values.astype(jnp.promote_types(values.dtype, jnp.float32))
 
 
-def _is_python(value: float | Array, number: float) -> bool:
-    """Returns whether a weight is known, and this number."""
+def is_known(value: float | Array, number: float) -> bool:
+    """Returns whether a weight is a Python number, not traced, and this one."""
     return isinstance(value, int | float) and value == number

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from gfa_jax import _validate, norms
 from gfa_jax.attacks import base as attacks_base
+from gfa_jax.objectives.classification import is_known
 from gfa_jax.types import Array, AttackFn, Aux, Batch, ModelFn, Objective, Params
 
 ADV_INPUTS = "adv_inputs"
@@ -231,7 +232,7 @@ def weight_perturbation(gamma: float | Array, objective: Objective) -> Objective
       ValueError: for a negative gamma.
     """
     _validate.non_negative(gamma=gamma)
-    if isinstance(gamma, int | float) and gamma == 0:
+    if is_known(gamma, 0):
         return objective
 
     def relative(weights: Array, gradient: Array) -> Array:

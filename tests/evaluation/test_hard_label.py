@@ -46,27 +46,6 @@ def test_the_nearest_point_of_a_linear_model_is_approached_from_above(norm, exce
     assert np.all(found <= exact * excess)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-def test_directions_have_unit_norm_and_their_own_keys(norm):
-    inputs = np.zeros((6, 30), np.float32)
-    threat = ThreatModel(norm, 0.1)
-    directions = np.asarray(jax.jit(hard_label.random_directions)(threat, toy.KEYS, inputs))
-    np.testing.assert_allclose(norms.vector_norm(directions, norm), 1, rtol=1e-5)
-    assert len(np.unique(directions, axis=0)) == 6
-    single = hard_label.random_directions(threat, toy.KEYS[3:4], inputs[:1])
-    np.testing.assert_allclose(directions[3:4], single, rtol=1e-6)
-
-
-def test_sparse_directions_range_from_one_coordinate_to_all():
-    keys = jax.vmap(jax.random.key)(np.arange(200))
-    threat = ThreatModel("l1", 0.1)
-    directions = hard_label.random_directions(threat, keys, np.zeros((200, 100), np.float32))
-    kept = np.count_nonzero(directions, axis=1)
-    assert kept.min() == 1
-    assert kept.max() > 80
-    assert 20 < np.sum(kept > 10) < 180
-
-
 def test_distances_are_those_of_the_clipped_points():
     """Only the upper face of the box misleads: from 0.75, every move is 0.25 once clipped."""
 
