@@ -5,6 +5,7 @@ gradient of it can mislead. What was probed on them says what is usual, and the 
 left of an undefended one whether the attacks work at all.
 """
 
+import io
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -53,7 +54,8 @@ def load(
 
     Raises:
       FileNotFoundError: for a folder without results.
-      ValueError: for results of other images or another norm, or two of one name.
+      ValueError: for damaged or older results, those of other images or another norm, or two of
+        one name.
     """
     found: dict[str, Reference] = {}
     for directory in map(pathlib.Path, directories):
@@ -63,7 +65,7 @@ def load(
                     f"references: {str(directory)!r} holds no {name}; expected the output folder "
                     "of an evaluation."
                 )
-        results = files.read_json(directory / "results.json")
+        results, rows, images = _read(directory)
         if results["threat"]["norm"] != threat.norm:
             raise ValueError(
                 f"references: {str(directory)!r} was evaluated in {results['threat']['norm']}; "
@@ -74,8 +76,6 @@ def load(
                 f"references: {str(directory)!r} was evaluated on other examples: evaluate both on "
                 "the same data set with the same num_examples."
             )
-        with np.load(directory / "adversarial.npz", allow_pickle=False) as stored:
-            rows, images = stored["rows"], stored["images"]
         name = str(results["name"])
         if name in found:
             raise ValueError(f"references: two of the evaluations are of a run named {name!r}.")
@@ -88,6 +88,28 @@ def load(
             results.get("probes") or {},
         )
     return tuple(found.values())
+
+
+def _read(directory: pathlib.Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    """Returns an evaluation's results, the rows it broke, and their images."""
+    try:
+        results = files.read_json(directory / "results.json")
+        missing = {"name", "threat", "data", "robust_accuracy"} - set(results)
+        # Through memory: NumPy leaves a damaged file open.
+        content = io.BytesIO((directory / "adversarial.npz").read_bytes())
+        with np.load(content, allow_pickle=False) as stored:
+            rows, images = stored["rows"], stored["images"]
+    except Exception as error:  # whatever JSON, ZIP and NumPy raise for damage
+        raise ValueError(
+            f"references: the results in {str(directory)!r} are damaged: evaluate that model again "
+            "in another --out folder."
+        ) from error
+    if missing:
+        raise ValueError(
+            f"references: the results in {str(directory)!r} lack {', '.join(sorted(missing))}: "
+            "they were written by an older version. Evaluate that model again."
+        )
+    return results, rows, images
 
 
 def transfer(

@@ -3,6 +3,7 @@ refusals."""
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -305,7 +306,8 @@ def test_the_report_is_one_self_contained_page(evaluated):
     assert "<h2>Smallest perturbations</h2>" not in page
     low, high = results["intervals"]["worst_case"]
     worst = results["robust_accuracy"]["worst_case"]
-    assert f"{100 * worst:.1f} ({100 * low:.1f}-{100 * high:.1f})" in page
+    text = re.sub("<[^>]*>", "", page)
+    assert f"{100 * worst:.1f} ({100 * low:.1f}-{100 * high:.1f})" in text
     for entry in results["diagnostics"]:
         assert f"<td>{entry['id']}</td>" in page
     assert "<script" not in page

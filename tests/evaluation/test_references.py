@@ -145,6 +145,17 @@ def test_refusals_come_before_any_attack(plain, tmp_path):
     model = subject.from_function(linear, IMAGES[:19], LABELS[:19], variables=WEIGHTS)
     with pytest.raises(ValueError, match="other examples.*num_examples"):
         references.load([plain[1]], model, THREAT)
+    damaged = tmp_path / "damaged"
+    for name in ("results.json", "adversarial.npz"):
+        shutil.copytree(plain[1], damaged)
+        (damaged / name).write_bytes((damaged / name).read_bytes()[:100])
+        with pytest.raises(ValueError, match="references: the results in .*damaged.* are damaged"):
+            evaluate(linear, out, "own", references=[damaged])
+        shutil.rmtree(damaged)
+    shutil.copytree(plain[1], damaged)
+    (damaged / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match="lack data, name, robust_accuracy, threat"):
+        evaluate(linear, out, "own", references=[damaged])
     assert not out.exists()
 
 
