@@ -8,18 +8,25 @@ the command lines see these classes; everything below takes plain keyword argume
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import json
 import pathlib
-from collections.abc import Mapping
+import typing
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from gfa_jax import _validate, alignment, files, norms, objectives
+from gfa_jax import _validate, alignment, files, losses, norms, objectives
 from gfa_jax.models import MODELS
 from gfa_jax.models.layers import INITIALIZERS
 
 ATTACKS = ("none", "fgsm", "pgd")
+LOSSES = ("cross_entropy", "trades", "mart", "logit_pairing")
+PAIRED_LOSSES = ("trades", "mart", "logit_pairing")
+"""The losses that see clean and adversarial examples side by side."""
+NOISES = ("none", "uniform", "normal")
+INPUTS = ("attacked", "clean")
 OPTIMIZERS = ("adamw", "sgd")
-SCHEDULES = ("constant", "cosine", "onecycle", "step")
+SCHEDULES = ("constant", "cosine", "linear", "onecycle", "step")
 PRECISIONS = ("default", "high", "highest")
 
 
@@ -74,6 +81,56 @@ class ThreatConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What is trained on the examples, before regularisers; see ``gfa_jax.objectives``."""
+
+    name: str = "cross_entropy"
+    """``cross_entropy`` (of adversarial examples where there is an attack), or a loss on pairs of
+    clean and adversarial examples: ``trades``, ``mart`` or ``logit_pairing``."""
+    beta: float = 6.0
+    """Of the losses on pairs: the weight of what ties the two sides together."""
+    label_smoothing: float = 0.0
+    """Of cross_entropy, in [0, 1]."""
+    statistics: str = "clean"
+    """Of the losses on pairs: whose pass updates BatchNorm's running statistics, ``clean`` or
+    ``adversarial``."""
+    weight_perturbation: float = 0.0
+    """gamma of adversarial weight perturbation (AWP), around the loss and all regularisers; 0 for
+    none."""
+    weight_perturbation_start: float = 0.0
+    """Share of training after which it sets in."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoiseConfig:
+    """Noise on the inputs, before anything else sees them: an attack starts from noisy inputs."""
+
+    name: str = "none"
+    """``none``, ``uniform`` (clipped to the box) or ``normal`` (not clipped)."""
+    scale: float = 0.0
+    """In input units: radius of uniform, standard deviation of normal."""
+    warmup_fraction: float = 0.0
+    """Share of training over which the scale rises linearly from 0."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RegularizerConfig:
+    """A penalty that is added to the loss."""
+
+    name: str = "none"
+    """A key of ``gfa_jax.objectives.REGULARIZERS``, or one of your own: ``package.module:function``
+    or ``file.py:function``; see docs/objectives.md."""
+    weight: float = 0.0
+    """At the end of its warm-up; 0 switches the term off."""
+    warmup_fraction: float = 0.0
+    """Share of training over which the weight rises linearly from 0."""
+    inputs: str = "clean"
+    """``clean``, or ``attacked`` for adversarial examples where there is an attack."""
+    options: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
+    """Keyword arguments of the regulariser."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class GFAConfig:
     """The alignment term; see ``gfa_jax.objectives.gfa``."""
 
@@ -81,6 +138,8 @@ class GFAConfig:
     """lambda at the end of its warm-up; 0 switches the term off."""
     warmup_fraction: float = 0.5
     """Share of training over which lambda rises linearly from 0."""
+    inputs: str = "attacked"
+    """``attacked`` (adversarial examples where there is an attack) or ``clean``."""
     target: str = "sampled_margin"
     """``sampled_margin``, ``log_odds``, ``margin``, ``cross_entropy`` or ``dlr``."""
     form: str = "log"
@@ -111,6 +170,11 @@ class AttackConfig:
     """In input units; by default 2.5 epsilon / num_steps (pgd) or 1.25 epsilon (fgsm)."""
     random_start: bool = True
     """Start at a random point of the ball."""
+    start_std: float = 0.0
+    """Of pgd: start instead at the clean input plus normal noise of this standard deviation, in
+    input units; 0 leaves the start to random_start."""
+    loss: str = "cross_entropy"
+    """What the attack maximises: a key of ``gfa_jax.losses.LOSSES``, or ``kl`` (pgd alone)."""
     warmup_fraction: float = 0.0
     """Share of training over which epsilon rises linearly from 0. Bias-free networks need a gentle
     start."""
@@ -123,15 +187,19 @@ class OptimizerConfig:
     """The optax chain: clipping, decay masked to kernels, update rule, schedule."""
 
     name: str = "adamw"
-    """``adamw`` or ``sgd`` (Nesterov)."""
+    """``adamw`` or ``sgd``."""
     learning_rate: float = 2e-3
     """Peak."""
     schedule: str = "onecycle"
-    """``constant``, ``cosine``, ``onecycle`` (linear up over warmup_fraction, cosine down) or
-    ``step`` (x0.1 at 1/2 and 3/4)."""
+    """``constant``, ``cosine``, ``linear``, ``onecycle`` (linear up over warmup_fraction, cosine
+    down) or ``step`` (x0.1 at each of drops)."""
     warmup_fraction: float = 0.25
     """Of onecycle, and of the linear warm-up of the others (0 for none)."""
+    drops: tuple[float, ...] = (0.5, 0.75)
+    """Of step: shares of training, ascending."""
     momentum: float = 0.9
+    """Of sgd."""
+    nesterov: bool = True
     """Of sgd."""
     weight_decay: float = 1e-4
     """Applied to kernels only."""
@@ -176,8 +244,11 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     threat: ThreatConfig = ThreatConfig()
+    loss: LossConfig = LossConfig()
     gfa: GFAConfig = GFAConfig()
+    regularizers: tuple[RegularizerConfig, ...] = ()
     attack: AttackConfig = AttackConfig()
+    noise: NoiseConfig = NoiseConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     loop: LoopConfig = LoopConfig()
 
@@ -212,7 +283,12 @@ def validate(config: TrainConfig, *, num_devices: int = 1) -> None:
     _validate.one_of(
         objectives.SECOND_ORDER, **{"config.gfa.second_order": config.gfa.second_order}
     )
+    _validate.one_of(INPUTS, **{"config.gfa.inputs": config.gfa.inputs})
     _validate.one_of(ATTACKS, **{"config.attack.name": config.attack.name})
+    _validate.one_of((*losses.LOSSES, "kl"), **{"config.attack.loss": config.attack.loss})
+    _validate.one_of(LOSSES, **{"config.loss.name": config.loss.name})
+    _validate.one_of(objectives.STATISTICS, **{"config.loss.statistics": config.loss.statistics})
+    _validate.one_of(NOISES, **{"config.noise.name": config.noise.name})
     _validate.one_of(OPTIMIZERS, **{"config.optimizer.name": config.optimizer.name})
     _validate.one_of(SCHEDULES, **{"config.optimizer.schedule": config.optimizer.schedule})
     _validate.positive(
@@ -230,6 +306,10 @@ def validate(config: TrainConfig, *, num_devices: int = 1) -> None:
             "config.gfa.weight": config.gfa.weight,
             "config.gfa.input_weight": config.gfa.input_weight,
             "config.gfa.hidden_weight": config.gfa.hidden_weight,
+            "config.loss.beta": config.loss.beta,
+            "config.loss.weight_perturbation": config.loss.weight_perturbation,
+            "config.attack.start_std": config.attack.start_std,
+            "config.noise.scale": config.noise.scale,
             "config.optimizer.weight_decay": config.optimizer.weight_decay,
             "config.optimizer.clip_norm": config.optimizer.clip_norm,
             "config.data.num_validation": config.data.num_validation,
@@ -240,18 +320,24 @@ def validate(config: TrainConfig, *, num_devices: int = 1) -> None:
             "config.loop.keep_best": config.loop.keep_best,
         }
     )
-    for name, share in {
-        "config.gfa.warmup_fraction": config.gfa.warmup_fraction,
-        "config.attack.warmup_fraction": config.attack.warmup_fraction,
-    }.items():
-        if not 0 <= share <= 1:
-            raise ValueError(f"{name}={share} must lie in [0, 1].")
+    _validate.fraction(
+        **{
+            "config.gfa.warmup_fraction": config.gfa.warmup_fraction,
+            "config.attack.warmup_fraction": config.attack.warmup_fraction,
+            "config.noise.warmup_fraction": config.noise.warmup_fraction,
+            "config.loss.label_smoothing": config.loss.label_smoothing,
+            "config.loss.weight_perturbation_start": config.loss.weight_perturbation_start,
+        }
+    )
     for name, share in {
         "config.optimizer.warmup_fraction": config.optimizer.warmup_fraction,
         "config.optimizer.momentum": config.optimizer.momentum,
     }.items():
         if not 0 <= share < 1:
             raise ValueError(f"{name}={share} must lie in [0, 1).")
+    drops = config.optimizer.drops
+    if not all(0 < drop < 1 for drop in drops) or list(drops) != sorted(set(drops)):
+        raise ValueError(f"config.optimizer.drops={drops} must ascend within (0, 1).")
     if not 0 < config.gfa.displacement < 1:
         raise ValueError(f"config.gfa.displacement={config.gfa.displacement} must lie in (0, 1).")
     input_norm = config.threat.norm if config.gfa.input_norm == "threat" else config.gfa.input_norm
@@ -259,6 +345,58 @@ def validate(config: TrainConfig, *, num_devices: int = 1) -> None:
         raise ValueError(
             f"config.gfa.form='tangential' is defined for l2 alone, and config.gfa.input_norm is "
             f"{input_norm!r}: set config.gfa.input_norm='l2' or config.gfa.input_weight=0."
+        )
+    _validate_loss(config)
+    for index, regularizer in enumerate(config.regularizers):
+        _validate_regularizer(regularizer, f"config.regularizers[{index}]")
+
+
+def _validate_loss(config: TrainConfig) -> None:
+    """Checks what loss, attack and noise ask of each other."""
+    attack, loss = config.attack, config.loss
+    if loss.name in PAIRED_LOSSES and attack.name == "none":
+        raise ValueError(
+            f"config.loss.name={loss.name!r} needs adversarial examples, and "
+            "config.attack.name='none': set it to 'pgd'."
+        )
+    if loss.label_smoothing and loss.name != "cross_entropy":
+        raise ValueError(
+            f"config.loss.label_smoothing={loss.label_smoothing} is for config.loss.name="
+            f"'cross_entropy', which is {loss.name!r}."
+        )
+    for field, value in (
+        ("loss", attack.loss if attack.loss == "kl" else None),
+        ("start_std", attack.start_std),
+    ):
+        if value and attack.name != "pgd":
+            raise ValueError(
+                f"config.attack.{field}={value!r} needs config.attack.name='pgd', which is "
+                f"{attack.name!r}."
+            )
+    if attack.loss == "kl" and not (attack.random_start or attack.start_std):
+        raise ValueError(
+            "config.attack.loss='kl' has no gradient at the clean input: set "
+            "config.attack.random_start=True or config.attack.start_std."
+        )
+    if (config.noise.name == "none") != (config.noise.scale == 0):
+        raise ValueError(
+            f"config.noise.name={config.noise.name!r} does not fit config.noise.scale="
+            f"{config.noise.scale}: give both for noise, neither for none."
+        )
+
+
+def _validate_regularizer(regularizer: RegularizerConfig, path: str) -> None:
+    name = regularizer.name
+    if ":" not in name:  # Otherwise an entry of the user's own.
+        _validate.one_of(objectives.REGULARIZERS, **{f"{path}.name": name})
+    _validate.one_of(INPUTS, **{f"{path}.inputs": regularizer.inputs})
+    _validate.non_negative(**{f"{path}.weight": regularizer.weight})
+    _validate.fraction(**{f"{path}.warmup_fraction": regularizer.warmup_fraction})
+    reserved = {"weight", "threat", "cross_entropy_weight"} & {*regularizer.options}
+    if reserved:
+        raise ValueError(
+            f"{path}.options={regularizer.options} must not hold {sorted(reserved)}: the recipe "
+            "gives them."
         )
 
 
@@ -298,12 +436,22 @@ def _from_dict(cls: Any, values: Mapping[str, Any], path: str) -> Any:
                 f"Fields are {sorted(fields)}."
             )
         kind = fields[name].type
+        element = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else None
         if dataclasses.is_dataclass(kind):
-            if not isinstance(value, Mapping):
-                raise ValueError(f"{path}.{name}={value!r} must hold fields.")
-            value = _from_dict(kind, value, f"{path}.{name}")
+            value = _section(kind, value, f"{path}.{name}")
+        elif dataclasses.is_dataclass(element) and isinstance(value, list):
+            value = [
+                _section(element, item, f"{path}.{name}[{index}]")
+                for index, item in enumerate(value)
+            ]
         arguments[name] = tuple(value) if isinstance(value, list) else value
     return cls(**arguments)
+
+
+def _section(cls: Any, values: Any, path: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{path}={values!r} must hold fields.")
+    return _from_dict(cls, values, path)
 
 
 FREE_FIELDS = frozenset(
@@ -324,13 +472,26 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "con
     return lines
 
 
+def choose(recipes: Mapping[str, Callable[[], TrainConfig]], name: str) -> TrainConfig:
+    """Returns the named one of several recipes: ``get_config(name)`` of a file that holds many.
+
+    Raises:
+      ValueError: for an unknown name, with a suggestion.
+    """
+    _validate.one_of(recipes, recipe=name)
+    return recipes[name]()
+
+
 def load_file(path: str) -> TrainConfig:
-    """Returns ``get_config()`` of a Python file.
+    """Returns ``get_config()`` of a Python file, or ``get_config(NAME)`` for ``FILE.py:NAME``.
 
     Raises:
       FileNotFoundError: for a missing file, with close matches.
-      ValueError: for a file without ``get_config()``, or one that returns something else.
+      ValueError: for a file without ``get_config()``, one that takes a name and gets none (or the
+        reverse), a name that it does not know, or one that returns something else.
     """
+    path, _, name = path.partition(".py:")
+    path += ".py" if name else ""
     file = pathlib.Path(path)
     if not file.is_file():
         candidates = (
@@ -350,7 +511,16 @@ def load_file(path: str) -> TrainConfig:
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ValueError(f"config file {path!r} has no get_config().")
-    config = module.get_config()
+    takes_name = bool(inspect.signature(module.get_config).parameters)
+    if takes_name != bool(name):
+        names = ", ".join(getattr(module, "RECIPES", ()))
+        raise ValueError(
+            f"config file {path!r} holds several recipes: name one, as in {path}:NAME"
+            f"{f' ({names})' if names else ''}."
+            if takes_name
+            else f"config file {path!r} holds one recipe, and takes no name such as {name!r}."
+        )
+    config = module.get_config(name) if name else module.get_config()
     if not isinstance(config, TrainConfig):
         raise ValueError(
             f"get_config() of {path!r} returns {type(config).__name__}, "

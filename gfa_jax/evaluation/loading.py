@@ -22,7 +22,7 @@ class LoadedRun:
 
     Attributes:
       config: of the training run.
-      recipe: what the config means.
+      classifier: what the config says about it.
       test_set: the examples to evaluate on.
       params: parameters, replicated over the mesh.
       model_state: other variables.
@@ -33,7 +33,7 @@ class LoadedRun:
     """
 
     config: TrainConfig
-    recipe: recipe.Recipe
+    classifier: recipe.Classifier
     test_set: data.Dataset
     params: Params
     model_state: ModelState
@@ -46,7 +46,7 @@ class LoadedRun:
         self, params: Params, model_state: ModelState, tap_values: Taps, inputs: Array
     ) -> tuple[Array, Features]:
         """Returns ``(logits, features)`` in evaluation mode, with every reported layer tapped."""
-        model = taps.linen_model(self.recipe.module, model_state, layers=self.recipe.layers)
+        model = taps.linen_model(self.classifier.module, model_state, layers=self.classifier.layers)
         return model(params, tap_values, inputs, train=False)[0]
 
 
@@ -88,7 +88,9 @@ def load_run(
         num_validation=config.data.num_validation,
         max_examples=num_examples,
     )
-    built = recipe.build(config, num_classes=test_set.num_classes, image_shape=test_set.image_shape)
+    built = recipe.build_classifier(
+        config, num_classes=test_set.num_classes, image_shape=test_set.image_shape
+    )
     mesh = step.data_mesh()
 
     def init() -> dict[str, object]:

@@ -106,8 +106,8 @@ def from_run(run: loading.LoadedRun, name: str) -> Subject:
         apply_features=apply_features,
         variables=(run.params, run.model_state),
         test_set=run.test_set,
-        layers=tuple(run.recipe.layers),
-        layer_norms=run.recipe.layer_norms,
+        layers=tuple(run.classifier.layers),
+        layer_norms=run.classifier.layer_norms,
         mesh=run.mesh,
         weights_hash=run.weights_hash,
         details={

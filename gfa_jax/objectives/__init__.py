@@ -10,10 +10,19 @@ Weights and radii may be traced scalars, so an objective can be built inside a c
 schedules of the step number.
 """
 
-from gfa_jax.objectives.baselines import logit_pairing, logit_squeezing, mart, n_fgsm, trades
-from gfa_jax.objectives.classification import cross_entropy
+from gfa_jax.objectives.baselines import (
+    STATISTICS,
+    logit_pairing,
+    logit_squeezing,
+    mart,
+    n_fgsm,
+    trades,
+)
+from gfa_jax.objectives.classification import Penalty, cross_entropy, regularized
 from gfa_jax.objectives.composition import (
+    NoiseFn,
     adversarial,
+    at_adversarial,
     noisy,
     normal_noise,
     paired,
@@ -29,12 +38,18 @@ from gfa_jax.objectives.input_gradients import (
     jacobian_norm,
     local_linearity,
 )
+from gfa_jax.objectives.registry import REGULARIZERS, regularizer
 
 __all__ = [
+    "REGULARIZERS",
     "SAMPLED_MARGIN",
     "SECOND_ORDER",
+    "STATISTICS",
     "TARGETS",
+    "NoiseFn",
+    "Penalty",
     "adversarial",
+    "at_adversarial",
     "cross_entropy",
     "curvature",
     "gfa",
@@ -49,6 +64,8 @@ __all__ = [
     "noisy",
     "normal_noise",
     "paired",
+    "regularized",
+    "regularizer",
     "sum_of",
     "trades",
     "uniform_noise",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from gfa_jax import _validate, norms
 from gfa_jax.attacks import base as attacks_base
 from gfa_jax.objectives.classification import is_known
-from gfa_jax.types import Array, AttackFn, Aux, Batch, ModelFn, Objective, Params
+from gfa_jax.types import Array, AttackFn, Aux, Batch, Metrics, ModelFn, Objective, Params
 
 ADV_INPUTS = "adv_inputs"
 """The key of a batch under which ``paired`` leaves the adversarial examples."""
@@ -127,6 +127,26 @@ def adversarial_inputs(batch: Batch) -> Array:
             "paired(attack, ...)."
         )
     return batch[ADV_INPUTS]
+
+
+def at_adversarial(objective: Objective) -> Objective:
+    """An objective at the adversarial examples that ``paired`` left in the batch.
+
+    So terms at clean and at adversarial inputs share one attack: alignment at adversarial points
+    next to TRADES is ``paired(attack, sum_of(trades(None, 6.0), at_adversarial(gfa(1.0,
+    cross_entropy_weight=0))))``. With nothing else, ``paired(attack, at_adversarial(objective))``
+    is ``adversarial(attack, objective)``.
+
+    Raises:
+      ValueError: at the first trace, for a batch without adversarial examples.
+    """
+
+    def moved_objective(
+        model: ModelFn, params: Params, batch: Batch, key: Array
+    ) -> tuple[Array, Aux]:
+        return objective(model, params, {**batch, "inputs": adversarial_inputs(batch)}, key)
+
+    return moved_objective
 
 
 def noisy(noise: NoiseFn, objective: Objective) -> Objective:
@@ -261,15 +281,18 @@ def weight_perturbation(gamma: float | Array, objective: Objective) -> Objective
 def sum_of(*objectives: Objective) -> Objective:
     """Adds objectives evaluated on the same batch.
 
-    The loss is the sum; the model state is the first objective's. Metrics: ``loss`` is the sum; the
-    first objective's keep their names, those of the n-th (from 2) are ``term_n/...``. Objectives
-    that hold a cross-entropy each are added with ``cross_entropy_weight=0`` in all but one.
+    The loss is the sum; the model state is the first objective's. Metrics keep their names; where
+    an earlier objective has one of that name, that of the n-th is ``term_n/...``. ``loss`` is the
+    sum. Objectives that hold a cross-entropy each are added with ``cross_entropy_weight=0`` in all
+    but one. The sum of one objective is that objective.
 
     Raises:
       ValueError: for no objective.
     """
     if not objectives:
         raise ValueError("sum_of needs at least one objective.")
+    if len(objectives) == 1:
+        return objectives[0]
 
     def summed_objective(
         model: ModelFn, params: Params, batch: Batch, key: Array
@@ -279,9 +302,12 @@ def sum_of(*objectives: Objective) -> Objective:
             term(model, params, batch, term_key)
             for term, term_key in zip(objectives, keys, strict=True)
         ]
-        metrics = dict(results[0][1].metrics)
-        for number, (_, aux) in enumerate(results[1:], start=2):
-            metrics |= {f"term_{number}/{name}": value for name, value in aux.metrics.items()}
+        metrics: Metrics = {}
+        for number, (_, aux) in enumerate(results, start=1):
+            metrics |= {
+                f"term_{number}/{name}" if name in metrics else name: value
+                for name, value in aux.metrics.items()
+            }
         loss = functools.reduce(jnp.add, [loss for loss, _ in results])
         return loss, Aux({**metrics, "loss": loss}, results[0][1].model_state)
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from gfa_jax import _validate, losses, norms
 from gfa_jax.attacks import base as attacks_base
-from gfa_jax.objectives.classification import Penalty, is_known, regularized, wide
+from gfa_jax.objectives.classification import Penalty, regularized, wide
 from gfa_jax.threat import ThreatModel
 from gfa_jax.types import Array, Batch, ModelFn, ModelState, Objective, Params
 
@@ -248,10 +248,10 @@ def curvature(
 
 
 def local_linearity(
-    linearity_weight: float | Array,
-    gradient_weight: float | Array,
+    weight: float | Array,
     threat: ThreatModel,
     *,
+    gradient_ratio: float | Array = 0.75,
     num_steps: int = 10,
     step_size: float | Array | None = None,
     attack_train_mode: bool = False,
@@ -259,18 +259,19 @@ def local_linearity(
 ) -> Objective:
     """Local linearity regularisation, LLR (Qin et al. 2019, arXiv 1907.02610, Algorithm 1).
 
-    ``penalty = lambda mean |l(x + d) - l(x) - <d, g(x)>| + mu mean |<d, g(x)>|`` with the
-    cross-entropy ``l``, its input gradient ``g``, and the perturbation ``d`` that maximises the
-    first term: found by projected steepest ascent from a random start, and held constant. (The
-    authors ascend by Adam or by signs.)
+    ``penalty = mean |l(x + d) - l(x) - <d, g(x)>| + r mean |<d, g(x)>|`` with the cross-entropy
+    ``l``, its input gradient ``g``, and the perturbation ``d`` that maximises the first term: found
+    by projected steepest ascent from a random start, and held constant. (The authors ascend by Adam
+    or by signs.) With the paper's lambda and mu, ``weight`` is lambda and r is mu / lambda.
 
-    Metrics: those of ``cross_entropy()``, ``local_linearity_penalty`` (the weighted sum),
-    ``linearity_violation``, ``linear_change`` (the two means) and ``local_linearity_weight`` (1).
+    Metrics: those of ``cross_entropy()``, ``local_linearity_penalty``, ``linearity_violation``,
+    ``linear_change`` (the two means) and ``local_linearity_weight``.
 
     Args:
-      linearity_weight: lambda >= 0 (4 in the paper on CIFAR-10); may be traced.
-      gradient_weight: mu >= 0 (3 in the paper on CIFAR-10); may be traced.
+      weight: lambda >= 0 (4 in the paper on CIFAR-10); may be traced. A Python 0 gives exactly
+        ``cross_entropy()``.
       threat: ball and box of the perturbations.
+      gradient_ratio: r >= 0 (3 / 4 in the paper on CIFAR-10); may be traced.
       num_steps: steps of ascent.
       step_size: in input units; default ``2.5 * epsilon / num_steps``; may be traced.
       attack_train_mode: the model's mode during the ascent: BatchNorm with running statistics by
@@ -280,12 +281,11 @@ def local_linearity(
     Raises:
       ValueError: for arguments out of range.
     """
-    _validate.non_negative(linearity_weight=linearity_weight, gradient_weight=gradient_weight)
+    _validate.non_negative(weight=weight, gradient_ratio=gradient_ratio)
     _validate.positive_integer(num_steps=num_steps)
     if step_size is not None:
         _validate.positive(step_size=step_size)
     step = 2.5 * threat.epsilon / num_steps if step_size is None else step_size
-    absent = is_known(linearity_weight, 0) and is_known(gradient_weight, 0)
 
     def violation(loss: Array, clean: _Pass, perturbation: Array) -> tuple[Array, Array]:
         """Returns the error of the linear model and its change ``[B]``."""
@@ -320,10 +320,8 @@ def local_linearity(
         (moved_logits, _), _ = model(params, {}, points, train=True)
         moved_loss = losses.cross_entropy(moved_logits, labels)
         error, change = violation(moved_loss, clean, wide(points) - wide(inputs))
-        value = linearity_weight * jnp.mean(error) + gradient_weight * jnp.mean(change)
+        value = jnp.mean(error) + gradient_ratio * jnp.mean(change)
         metrics = {"linearity_violation": jnp.mean(error), "linear_change": jnp.mean(change)}
         return Penalty(value, metrics, clean.logits, clean.model_state)
 
-    return regularized(
-        penalty_fn, 0.0 if absent else 1.0, cross_entropy_weight, name="local_linearity"
-    )
+    return regularized(penalty_fn, weight, cross_entropy_weight, name="local_linearity")

@@ -1,5 +1,7 @@
 """Optimisers and schedules by name, all from optax."""
 
+from collections.abc import Sequence
+
 import jax
 import optax
 
@@ -8,17 +10,23 @@ from gfa_jax.types import Params
 
 
 def schedule(
-    name: str, *, learning_rate: float, num_steps: int, warmup_fraction: float
+    name: str,
+    *,
+    learning_rate: float,
+    num_steps: int,
+    warmup_fraction: float,
+    drops: Sequence[float] = (0.5, 0.75),
 ) -> optax.Schedule:
     """Returns a learning-rate schedule of the step.
 
     Args:
-      name: ``constant``; ``cosine`` (to 0); ``onecycle`` (linear from peak / 25 over
-        ``warmup_fraction``, then cosine to peak / 1e4); ``step`` (x 0.1 at 1/2 and 3/4 of
-        training). All but ``onecycle`` start with a linear warm-up over ``warmup_fraction``.
+      name: ``constant``; ``cosine`` (to 0); ``linear`` (to 0); ``onecycle`` (linear from peak / 25
+        over ``warmup_fraction``, then cosine to peak / 1e4); ``step`` (x 0.1 at each of ``drops``).
+        All but ``onecycle`` start with a linear warm-up over ``warmup_fraction``.
       learning_rate: the peak.
       num_steps: of the whole training.
       warmup_fraction: in [0, 1].
+      drops: of ``step``: shares of training, in (0, 1).
 
     Raises:
       ValueError: for an unknown name, or a warm-up that leaves no step.
@@ -39,12 +47,18 @@ def schedule(
         main = optax.schedules.cosine_decay_schedule(
             learning_rate, max(1, num_steps - warmup_steps)
         )
+    elif name == "linear":
+        main = optax.schedules.linear_schedule(learning_rate, 0.0, num_steps - warmup_steps)
     elif name == "step":
-        drops = {num_steps // 2 - warmup_steps: 0.1, 3 * num_steps // 4 - warmup_steps: 0.1}
-        main = optax.schedules.piecewise_constant_schedule(learning_rate, drops)
+        factors: dict[int, float] = {}
+        for drop in drops:
+            # Drops within the warm-up show from its end on.
+            boundary = max(0, int(drop * num_steps) - warmup_steps)
+            factors[boundary] = 0.1 * factors.get(boundary, 1.0)
+        main = optax.schedules.piecewise_constant_schedule(learning_rate, factors)
     else:
         raise ValueError(
-            f"schedule={name!r} is not one of ['constant', 'cosine', 'onecycle', 'step']."
+            f"schedule={name!r} is not one of ['constant', 'cosine', 'linear', 'onecycle', 'step']."
         )
     if warmup_steps == 0:
         return main
@@ -65,16 +79,18 @@ def create(
     learning_rate: optax.Schedule,
     *,
     momentum: float,
+    nesterov: bool = True,
     weight_decay: float,
     clip_norm: float,
 ) -> optax.GradientTransformation:
     """Returns the chain: clip by global norm, update rule with decay on kernels, learning rate.
 
     Args:
-      name: ``adamw`` (decoupled decay) or ``sgd`` (Nesterov; decay is added to the gradient, as in
-        the field's recipes).
+      name: ``adamw`` (decoupled decay) or ``sgd`` (decay is added to the gradient, as in the
+        field's recipes).
       learning_rate: schedule.
       momentum: of sgd.
+      nesterov: of sgd.
       weight_decay: >= 0.
       clip_norm: global norm of the gradient; 0 for no clipping.
 
@@ -88,4 +104,4 @@ def create(
             clip, optax.adamw(learning_rate, weight_decay=weight_decay, mask=is_kernel)
         )
     decay = optax.add_decayed_weights(weight_decay, mask=is_kernel)
-    return optax.chain(clip, decay, optax.sgd(learning_rate, momentum=momentum, nesterov=True))
+    return optax.chain(clip, decay, optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov))

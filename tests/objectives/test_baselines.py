@@ -205,7 +205,7 @@ def test_gfa_adds_to_trades(case, key):
     chex.assert_trees_all_close(grads, expected, rtol=1e-10)
     value = parts[1][0][1].metrics["alignment_penalty"]
     chex.assert_trees_all_close(parts[1][0][0], 0.7 * value, rtol=1e-12)
-    chex.assert_trees_all_close(aux.metrics["term_2/alignment_penalty"], value, rtol=1e-12)
+    chex.assert_trees_all_close(aux.metrics["alignment_penalty"], value, rtol=1e-12)
     assert value > 1e-3
 
 

@@ -161,7 +161,7 @@ OBJECTIVES = {
     "gradient_norm": objectives.gradient_norm(0.5),
     "jacobian_norm": objectives.jacobian_norm(0.5),
     "curvature": objectives.curvature(0.5, 0.3),
-    "local_linearity": objectives.local_linearity(1.0, 1.0, THREAT, num_steps=2),
+    "local_linearity": objectives.local_linearity(1.0, THREAT, num_steps=2),
     "gfa": objectives.gfa(0.5, target="log_odds"),
 }
 

@@ -25,7 +25,7 @@ PENALTIES = {
     "curvature": lambda weight, **kw: objectives.curvature(weight, 0.3, **kw),
     "curvature_norm": lambda weight, **kw: objectives.curvature(weight, 0.3, squared=False, **kw),
     "local_linearity": lambda weight, **kw: objectives.local_linearity(
-        weight, 0.5 * weight, THREAT, num_steps=3, **kw
+        weight, THREAT, gradient_ratio=0.5, num_steps=3, **kw
     ),
     "logit_squeezing": objectives.logit_squeezing,
 }
@@ -64,11 +64,10 @@ def test_the_loss_is_cross_entropy_plus_the_weighted_penalty(case, key, name):
     plain = objectives.cross_entropy()(toy.linear, params, batch, key)[0]
     loss, aux = PENALTIES[name](2.0)(toy.linear, params, batch, key)
     (value,) = (v for metric, v in aux.metrics.items() if metric.endswith("_penalty"))
-    weight = 1.0 if name == "local_linearity" else 2.0
     assert value > 1e-4
-    chex.assert_trees_all_close(loss, plain + weight * value, rtol=1e-12)
+    chex.assert_trees_all_close(loss, plain + 2.0 * value, rtol=1e-12)
     alone = PENALTIES[name](2.0, cross_entropy_weight=0)(toy.linear, params, batch, key)[0]
-    chex.assert_trees_all_close(alone, weight * value, rtol=1e-12)
+    chex.assert_trees_all_close(alone, 2.0 * value, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", PENALTIES)
@@ -181,7 +180,7 @@ def test_local_linearity_of_a_linear_loss_is_zero_and_its_change_is_not(key):
             return (logits, {}), {}
 
         batch = {**toy.batch(key), "labels": jnp.zeros(6, int)}
-        objective = objectives.local_linearity(4.0, 3.0, THREAT)
+        objective = objectives.local_linearity(4.0, THREAT)
         (_, aux), grads = toy.value_and_grad(objective, model)(slope, batch, key)
         assert aux.metrics["linearity_violation"] < 1e-12
         assert aux.metrics["linear_change"] > 1e-3
@@ -192,7 +191,9 @@ def test_local_linearity_finds_larger_violations_than_its_start(case, key):
     params, batch = case
     found = []
     for step_size in (1e-9, 0.05):
-        objective = objectives.local_linearity(1.0, 0.0, THREAT, step_size=step_size)
+        objective = objectives.local_linearity(
+            1.0, THREAT, gradient_ratio=0.0, step_size=step_size
+        )
         found.append(objective(toy.linear, params, batch, key)[1].metrics["linearity_violation"])
     assert found[1] > 2 * found[0]
 
@@ -250,8 +251,8 @@ def test_bfloat16_is_close_to_float32(key, name):
         (lambda: objectives.gradient_norm(1.0, "l3"), "norm='l3' is not one of"),
         (lambda: objectives.jacobian_norm(1.0, 0), "num_projections=0 must be an integer >= 1"),
         (lambda: objectives.curvature(1.0, 0.0), "h=0.0 must be a finite number > 0"),
-        (lambda: objectives.local_linearity(1.0, -2.0, THREAT), "gradient_weight=-2.0"),
-        (lambda: objectives.local_linearity(1.0, 1.0, THREAT, num_steps=0), "num_steps=0"),
+        (lambda: objectives.local_linearity(1.0, THREAT, gradient_ratio=-2.0), "gradient_ratio=-2.0"),
+        (lambda: objectives.local_linearity(1.0, THREAT, num_steps=0), "num_steps=0"),
         (lambda: objectives.logit_squeezing(1.0, cross_entropy_weight=-1), "cross_entropy_weight"),
     ],
 )

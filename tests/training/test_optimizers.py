@@ -11,6 +11,7 @@ from gfa_jax.training import optimizers
     ("name", "expected"),
     [
         ("constant", {0: 1.0, 50: 1.0, 99: 1.0}),
+        ("linear", {0: 1.0, 25: 0.75, 100: 0.0}),
         ("cosine", {0: 1.0, 50: 0.5, 100: 0.0}),
         ("step", {0: 1.0, 49: 1.0, 51: 0.1, 74: 0.1, 76: 0.01}),
     ],
