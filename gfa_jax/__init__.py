@@ -7,7 +7,7 @@ Importing this package loads neither data sets nor plots nor checkpoints: those 
 they are used.
 """
 
-from gfa_jax import alignment, attacks, losses, norms, objectives, taps, types
+from gfa_jax import alignment, attacks, losses, norms, objectives, taps, transforms, types
 from gfa_jax.taps import feature_gradients
 from gfa_jax.threat import ThreatModel
 
@@ -22,5 +22,6 @@ __all__ = [
     "norms",
     "objectives",
     "taps",
+    "transforms",
     "types",
 ]

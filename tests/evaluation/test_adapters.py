@@ -1,4 +1,4 @@
-"""The examples of docs/adapters.md, run as they stand there."""
+"""The examples of docs/adapters.md that evaluate, run as they stand there."""
 
 import json
 import pathlib
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "adapters.md"
-BLOCKS = dict(re.findall(r"^## ([^\n]+)\n+```python\n(.*?)^```", PAGE.read_text(), re.M | re.S))
+PART = re.search(r"^## Evaluating\n(.*?)^## ", PAGE.read_text(), re.M | re.S)[1]
+BLOCKS = dict(re.findall(r"^### ([^\n]+)\n+```python\n(.*?)^```", PART, re.M | re.S))
 MODULES = {"Flax linen": "flax", "Flax nnx": "flax", "Equinox": "equinox", "Haiku": "haiku"}
 
 
