@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -20,13 +21,15 @@ def test_importing_the_package_loads_no_data_plots_or_checkpoints():
     assert set(eval(done.stdout)) <= {"orbax"}
 
 
-def test_the_example_of_the_readme_runs():
+def test_the_examples_of_the_readme_run():
     text = (ROOT / "README.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    examples = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     names: dict = {}
-    exec(compile(example, "README.md", "exec"), names)
+    for example in examples:  # the second builds on the first
+        exec(compile(example, "README.md", "exec"), names)
     assert names["alignment"].shape == (32,)
     assert names["result"].success.shape == (32,)
+    assert jax.tree.structure(names["steps"]) == jax.tree.structure(names["params"])
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,9 @@ _SUGGESTIONS = (
     "tfds:cifar100",
     "tfds:mnist",
     "tfds:fashion_mnist",
+    "tfds:kmnist",
+    "tfds:svhn_cropped",
+    "tfds:tiny_imagenet",
 )
 
 # Fixed for ever: published numbers depend on which examples these two partitions select.
@@ -160,8 +163,9 @@ def load(
       scikit-learn's list).
 
     Raises:
-      ValueError: for an unknown name or split, a number out of range, or data that breaks the rules
-        above; the message names the file, the key and what would be valid.
+      ValueError: for an unknown name or split, a number out of range, data that breaks the rules
+        above, or that does not fit in this machine's memory (for `tfds:`); the message names the
+        file, the key and what would be valid.
       FileNotFoundError: if the file, or a prepared tfds folder, is not there.
       ImportError: if an optional package that the source needs is not installed.
     """

@@ -8,6 +8,7 @@ from __future__ import annotations
 import concurrent.futures
 import importlib
 import io
+import math
 import os
 import pathlib
 import re
@@ -119,15 +120,24 @@ def is_prepared(folder: pathlib.Path) -> bool:
 
 def _prepared_builder(tfds: Any, match: re.Match[str], data_dir: str | None) -> Any:
     """Returns the builder of a data set whose array_record files exist."""
+    from gfa_jax.data import prepare
+
     name, config, version = match.group("builder", "config", "version")
     full_name = name + (f"/{config}" if config else "") + (f":{version}" if version else "")
+    root = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
     try:
         builder = tfds.builder(full_name, data_dir=data_dir and os.path.expanduser(data_dir))
     except tfds.core.DatasetNotFoundError as error:
+        # tfds itself knows the sets that only files describe from these files.
+        how = prepare.how_to_prepare(name + (f"/{config}" if config else ""), root)
+        if how is not None:
+            raise FileNotFoundError(
+                f"tfds data set {full_name!r} is not prepared in {root}. Prepare it with: {how}"
+            ) from error
         known = tfds.list_builders(with_community_datasets=False)
         raise ValueError(
-            f"tfds knows no data set {name!r}, and none is prepared in "
-            f"{data_dir or tfds.core.constants.DATA_DIR}.{_validate.suggestion(name, known)}"
+            f"tfds knows no data set {name!r}, and none is prepared in {root}."
+            f"{_validate.suggestion(name, known)}"
         ) from error
     except (AssertionError, ValueError) as error:
         # tfds raises AssertionError for a version that it does not have.
@@ -137,14 +147,10 @@ def _prepared_builder(tfds: Any, match: re.Match[str], data_dir: str | None) -> 
     folder = pathlib.Path(builder.data_path)
     if is_prepared(folder):
         return builder
-    from gfa_jax.data import prepare
-
-    if name in prepare.RECIPES:
-        how = (
-            f"python -m gfa_jax.data.prepare {name} --data_dir {builder.data_dir_root} "
-            "(--archive PATH | --download)"
-        )
-    else:
+    # Without a config in the name, tfds takes its first.
+    chosen = getattr(builder.builder_config, "name", None)
+    how = prepare.how_to_prepare(name + (f"/{chosen}" if chosen else ""), builder.data_dir_root)
+    if how is None:
         how = (
             f"tfds build {full_name} --file_format=array_record --data_dir "
             f"{builder.data_dir_root}, on a machine with TensorFlow"
@@ -179,6 +185,19 @@ def _decode_image(encoded: bytes, mode: _Mode) -> np.ndarray:
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
+def _check_memory(needed: int, shape: tuple[int, ...], what: str) -> None:
+    """Refuses what cannot fit, before the system kills the process in the middle of reading."""
+    if not hasattr(os, "sysconf"):  # Windows.
+        return
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > physical:
+        raise ValueError(
+            f"tfds data set {what} needs {needed / 1e9:.3g} GB in memory at {shape[0]}x{shape[1]} "
+            f"pixels, and this machine has {physical / 1e9:.3g} GB: use a version of the data set "
+            "with smaller images, or max_examples"
+        )
+
+
 def _decode_records(
     records: Any, positions: np.ndarray, channels: int, what: str
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -193,6 +212,7 @@ def _decode_records(
         )
     mode = _PIL_MODES[channels]
     shape = _decode_image(records[int(positions[0])]["image"], mode).shape
+    _check_memory(len(positions) * math.prod(shape), shape, what)
     images = np.empty((len(positions), *shape), np.uint8)
     labels = np.empty(len(positions), np.int64)
 
@@ -203,7 +223,8 @@ def _decode_records(
                 raise ValueError(
                     f"images of tfds data set {what} differ in size: {shape} at position "
                     f"{positions[0]}, {pixels.shape} at position {positions[offset]}; use a "
-                    "version of the data set that is resized to one size"
+                    "version of the data set that is resized to one size (gfa_jax.data.prepare "
+                    "makes one of imagenet2012 and imagenette)"
                 )
             images[offset] = pixels
 

@@ -138,8 +138,8 @@ def test_tfds_not_prepared_says_how_to(tmp_path, tfds):
         load("tfds:cifar10", "train", data_dir=str(tmp_path))
     assert f"python -m gfa_jax.data.prepare cifar10 --data_dir {tmp_path}" in str(caught.value)
     assert str(tmp_path / "cifar10") in str(caught.value)
-    with pytest.raises(FileNotFoundError, match=r"tfds build svhn_cropped .*array_record"):
-        load("tfds:svhn_cropped", "train", data_dir=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"tfds build eurosat/rgb .*array_record"):
+        load("tfds:eurosat/rgb", "train", data_dir=str(tmp_path))
     assert not list(tmp_path.iterdir())
 
 

@@ -191,9 +191,7 @@ def test_local_linearity_finds_larger_violations_than_its_start(case, key):
     params, batch = case
     found = []
     for step_size in (1e-9, 0.05):
-        objective = objectives.local_linearity(
-            1.0, THREAT, gradient_ratio=0.0, step_size=step_size
-        )
+        objective = objectives.local_linearity(1.0, THREAT, gradient_ratio=0.0, step_size=step_size)
         found.append(objective(toy.linear, params, batch, key)[1].metrics["linearity_violation"])
     assert found[1] > 2 * found[0]
 

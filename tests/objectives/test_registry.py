@@ -11,7 +11,7 @@ from tests.objectives import toy
 THREAT = ThreatModel(epsilon=0.1)
 OPTIONS = {"curvature": {"h": 0.3}}
 
-OWN = '''
+OWN = """
 import jax.numpy as jnp
 from gfa_jax import objectives
 
@@ -39,7 +39,7 @@ def ball(weight, threat, *, needed, cross_entropy_weight, **others):
 
 
 constant = 1
-'''
+"""
 
 
 @pytest.fixture
