@@ -22,8 +22,8 @@ from gfa_jax.threat import ThreatModel
 from gfa_jax.types import Array, Objective
 
 RegularizerFactory = Callable[..., Objective]
-"""``(weight, *, cross_entropy_weight, **options) -> Objective``; an argument named ``threat`` is given
-the threat model."""
+"""``(weight, *, cross_entropy_weight, **options) -> Objective``; an argument named ``threat`` is
+given the threat model."""
 
 REGULARIZERS: Mapping[str, RegularizerFactory] = {
     "curvature": curvature,
