@@ -169,6 +169,30 @@ def test_projections_estimate_the_jacobian_without_bias(case, key, num_projectio
     np.testing.assert_allclose(jnp.var(values), variance / (6 * num_projections), rtol=0.2)
 
 
+def test_grad_align_counts_opposite_gradients_as_such(key):
+    """A loss of the squared length, whose gradients point along the inputs themselves."""
+    with jax.enable_x64(True):
+        threat = ThreatModel(epsilon=0.5, bounds=(-1.0, 1.0))
+
+        def model(params, taps, inputs, *, train):
+            squared = params * jnp.sum(inputs**2, axis=1)
+            return (jnp.stack([jnp.zeros_like(squared), squared], axis=1), {}), {}
+
+        inputs = 0.1 * jax.random.normal(key, (6, 3))
+        batch = {"inputs": inputs, "labels": jnp.zeros(6, int)}
+        keys = attacks.example_keys(key, jnp.arange(6))
+        moved = threat.random_start(keys, inputs)
+        cosines = jnp.sum(inputs * moved, axis=1) / (
+            jnp.linalg.norm(inputs, axis=1) * jnp.linalg.norm(moved, axis=1)
+        )
+        assert jnp.min(cosines) < -0.5
+        objective = objectives.grad_align(1.0, threat)
+        aux = objective(model, jnp.asarray(2.0), batch, key)[1]
+        np.testing.assert_allclose(
+            aux.metrics["grad_align_penalty"], jnp.mean(1 - cosines), rtol=1e-9
+        )
+
+
 def test_local_linearity_of_a_linear_loss_is_zero_and_its_change_is_not(key):
     """Log-odds that make the cross-entropy linear in the input."""
     with jax.enable_x64(True):

@@ -27,8 +27,8 @@ KL = AttackConfig(name="pgd", num_steps=2, loss="kl", start_std=0.01)
 
 
 def model(params, taps, inputs, *, train):
-    """``toy.smooth``, whose one tap is its hidden layer."""
-    return toy.smooth(params, taps, inputs, train=train)
+    """``toy.smooth``; in evaluation mode, which attacks see by default, of the reversed inputs."""
+    return toy.smooth(params, taps, inputs if train else inputs[:, ::-1], train=train)
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def test_a_config_is_its_composition(case, key, name):
     if name not in ("standard", "a regulariser of weight 0"):
         plain = jax.jit(toy.value_and_grad(CE(), model))(params, batch, key)
         distances = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), left[1], plain[1])
-        assert max(jax.tree.leaves(distances)) > 1e-3
+        assert max(jax.tree.leaves(distances)) > 1e-4
 
 
 SCHEDULES = {
