@@ -71,3 +71,31 @@ def test_gradients_are_clipped_by_their_global_norm():
     chex.assert_trees_all_close(
         updates, {"a": jnp.full((1, 1), -3.0), "b": jnp.full((1, 1), -4.0)}, rtol=1e-5
     )
+
+
+def test_the_drops_of_the_step_schedule_are_those_given():
+    """Those within the warm-up show, all of them, from its end on."""
+    schedule = optimizers.schedule(
+        "step", learning_rate=1.0, num_steps=100, warmup_fraction=0.2, drops=(0.1, 0.15, 0.6)
+    )
+    assert float(schedule(10)) == pytest.approx(0.5)
+    assert [float(schedule(step)) for step in (22, 59)] == pytest.approx([0.01, 0.01])
+    assert float(schedule(61)) == pytest.approx(0.001)
+
+
+@pytest.mark.parametrize(("nesterov", "expected"), [(False, [1.0, 1.9]), (True, [1.9, 2.71])])
+def test_momentum_with_and_without_nesterov(nesterov, expected):
+    """Constant gradients of 1: the sums of the geometric series, a step earlier with Nesterov."""
+    tx = optimizers.create(
+        "sgd",
+        lambda step: 1.0,
+        momentum=0.9,
+        nesterov=nesterov,
+        weight_decay=0.0,
+        clip_norm=0.0,
+    )
+    params = {"kernel": jnp.zeros((1, 1))}
+    state = tx.init(params)
+    for value in expected:
+        updates, state = tx.update({"kernel": jnp.ones((1, 1))}, state, params)
+        chex.assert_trees_all_close(updates["kernel"], jnp.full((1, 1), -value), rtol=1e-6)
