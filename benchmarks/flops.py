@@ -114,7 +114,9 @@ def _operations(equation: core.JaxprEqn) -> int:
         numbers = params["dimension_numbers"]
         kernel = equation.invars[1].aval.shape
         depth = math.prod(kernel) // kernel[numbers.rhs_spec[0]]
-        return 2 * depth * math.prod(equation.outvars[0].aval.shape) // params["batch_group_count"]
+        # Of a dilated input, as in the gradient of a strided convolution, all but one are zeros.
+        zeros = math.prod(params["lhs_dilation"])
+        return 2 * depth * math.prod(equation.outvars[0].aval.shape) // zeros
     if name == "scan":
         return int(params["length"]) * _Graph().run(_open(params["jaxpr"]))
     if name == "cond":

@@ -22,7 +22,7 @@ from configs import (
     digits_pgd_at,
     digits_standard,
 )
-from gfa_jax import attacks, data, files
+from gfa_jax import ThreatModel, _validate, attacks, data, files
 from gfa_jax import config as config_lib
 from gfa_jax.attacks import compaction
 from gfa_jax.config import TrainConfig
@@ -70,8 +70,11 @@ def run(flags: Flags) -> None:
     """Measures what is not there yet, writes results.json and results.md, and prints the table.
 
     Raises:
-      ValueError: for an unknown recipe, or results of other versions or devices.
+      ValueError: for an unknown recipe, numbers out of range, or results of other versions,
+        devices or recipes.
     """
+    _validate.positive_integer(seeds=flags.seeds)
+    _validate.non_negative(rounds=flags.rounds)
     out = pathlib.Path(flags.out)
     configs = {}
     for name in flags.recipes.split(","):
@@ -82,15 +85,21 @@ def run(flags: Flags) -> None:
         configs[name.strip()] = config
     results = _read(out / "results.json")
     if flags.rounds:
-        results["costs"] |= _costs(configs, flags.rounds)
+        missing = {
+            name: config
+            for name, config in configs.items()
+            if results["costs"].get(name, {}).get("config") != config_lib.to_dict(config)
+        }
+        results["costs"] |= _costs(missing, flags.rounds) if missing else {}
         files.write_json(out / "results.json", results)
     attack = _Attacker()
     for seed in range(flags.seeds):
         for name, config in configs.items():
             key = f"{name}/seed{seed}"
+            seeded = dataclasses.replace(config, seed=seed)
+            loop.claim_workdir(out / key, seeded)  # refuses the run of another recipe
             if key not in results["accuracies"]:
                 print(f"== {key}", flush=True)
-                seeded = dataclasses.replace(config, seed=seed)
                 loop.train_and_evaluate(seeded, out / key)
                 results["accuracies"][key] = attack(out / key)
                 files.write_json(out / "results.json", results)
@@ -117,6 +126,7 @@ class _Attacker:
 
     def __init__(self) -> None:
         self._functions: dict[Any, Callable[..., Any]] = {}
+        self._attacks: dict[tuple[str, ThreatModel], Any] = {}
 
     def __call__(self, workdir: pathlib.Path) -> dict[str, float]:
         """Returns accuracies on the test images, by column."""
@@ -132,8 +142,13 @@ class _Attacker:
         accuracies = {"clean": float(right.mean())}
         keys = attacks.example_keys(jax.random.key(0), jnp.asarray(run.test_set.ids))
         for column, (name, options) in ATTACKS.items():
+            threat = run.classifier.threat
+            # Programs are found again by the identity of attack and function.
+            attack = self._attacks.setdefault(
+                (column, threat), attacks.create(name, threat, **options)
+            )
             found = compaction.attack_in_batches(
-                attacks.create(name, run.classifier.threat, **options),
+                attack,
                 apply,
                 variables,
                 keys,
@@ -147,7 +162,7 @@ class _Attacker:
         return accuracies | {"worst case": float(worst.mean())}
 
 
-def _costs(configs: Mapping[str, TrainConfig], rounds: int) -> dict[str, dict[str, float]]:
+def _costs(configs: Mapping[str, TrainConfig], rounds: int) -> dict[str, dict[str, Any]]:
     """Returns time and operations of a step, as multiples of the standard one's."""
     configs = {"standard": RECIPES["standard"]()} | dict(configs)
     measures: dict[str, Callable[[], float]] = {}
@@ -163,6 +178,7 @@ def _costs(configs: Mapping[str, TrainConfig], rounds: int) -> dict[str, dict[st
             seconds[name].append(measure() / measures["standard"]())
     return {
         name: {
+            "config": config_lib.to_dict(configs[name]),
             "flops": operations[name] / operations["standard"],
             "time": statistics.median(ratios),
             "fastest": min(ratios),

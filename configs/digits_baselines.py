@@ -147,7 +147,7 @@ def _pairs(loss: str) -> AttackConfig:
     )
 
 
-def _regularized(name: str, weight: float, **options: bool | float | str) -> TrainConfig:
+def _regularized(name: str, weight: float, **options: Any) -> TrainConfig:
     entry = RegularizerConfig(name=name, weight=weight, warmup_fraction=0.5, options=options)
     return _recipe(regularizers=(entry,))
 

@@ -7,15 +7,14 @@ the command lines see these classes; everything below takes plain keyword argume
 
 import dataclasses
 import difflib
-import importlib.util
 import inspect
 import json
 import pathlib
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
-from gfa_jax import _validate, alignment, files, losses, norms, objectives
+from gfa_jax import _modules, _validate, alignment, files, losses, norms, objectives
 from gfa_jax.models import MODELS
 from gfa_jax.models.layers import INITIALIZERS
 
@@ -27,6 +26,8 @@ NOISES = ("none", "uniform", "normal")
 INPUTS = ("attacked", "clean")
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("constant", "cosine", "linear", "onecycle", "step")
+Options = dict[str, bool | int | float | str | None]
+"""Keyword arguments that ``config.json`` can hold."""
 PRECISIONS = ("default", "high", "highest")
 
 
@@ -115,9 +116,9 @@ class NoiseConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RegularizerConfig:
-    """A penalty that is added to the loss."""
+    """A penalty that is added to the loss; not hashable, for its options are a dictionary."""
 
-    name: str = "none"
+    name: str
     """A key of ``gfa_jax.objectives.REGULARIZERS``, or one of your own: ``package.module:function``
     or ``file.py:function``; see docs/objectives.md."""
     weight: float = 0.0
@@ -126,7 +127,7 @@ class RegularizerConfig:
     """Share of training over which the weight rises linearly from 0."""
     inputs: str = "clean"
     """``clean``, or ``attacked`` for adversarial examples where there is an attack."""
-    options: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
+    options: Options = dataclasses.field(default_factory=dict)
     """Keyword arguments of the regulariser."""
 
 
@@ -373,6 +374,11 @@ def _validate_loss(config: TrainConfig) -> None:
                 f"config.attack.{field}={value!r} needs config.attack.name='pgd', which is "
                 f"{attack.name!r}."
             )
+    if attack.name == "fgsm" and attack.step_size is not None and not attack.random_start:
+        raise ValueError(
+            f"config.attack.step_size={attack.step_size} needs config.attack.random_start=True: "
+            "plain FGSM always moves by epsilon."
+        )
     if attack.loss == "kl" and not (attack.random_start or attack.start_std):
         raise ValueError(
             "config.attack.loss='kl' has no gradient at the clean input: set "
@@ -392,6 +398,14 @@ def _validate_regularizer(regularizer: RegularizerConfig, path: str) -> None:
     _validate.one_of(INPUTS, **{f"{path}.inputs": regularizer.inputs})
     _validate.non_negative(**{f"{path}.weight": regularizer.weight})
     _validate.fraction(**{f"{path}.warmup_fraction": regularizer.warmup_fraction})
+    if not isinstance(regularizer.options, dict):
+        raise ValueError(f"{path}.options={regularizer.options!r} must be a dictionary.")
+    for option, value in regularizer.options.items():
+        if type(value) not in (bool, int, float, str, type(None)) or not isinstance(option, str):
+            raise ValueError(
+                f"{path}.options[{option!r}]={value!r} of type {type(value).__name__} must be a "
+                "bool, int, float, str or None under a name, so that config.json can hold it."
+            )
     reserved = {"weight", "threat", "cross_entropy_weight"} & {*regularizer.options}
     if reserved:
         raise ValueError(
@@ -467,9 +481,16 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "con
         before, after = old.get(name), new.get(name)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             lines += differences(before, after, f"{path}.{name}")
+        elif _are_sections(before) and _are_sections(after) and len(before) == len(after):
+            for index, pair in enumerate(zip(before, after, strict=True)):
+                lines += differences(*pair, f"{path}.{name}[{index}]")
         elif before != after and f"{path}.{name}" not in FREE_FIELDS:
             lines.append(f"{path}.{name}: {before!r} there, {after!r} now")
     return lines
+
+
+def _are_sections(value: Any) -> TypeGuard[list[Mapping[str, Any]]]:
+    return isinstance(value, list) and all(isinstance(item, Mapping) for item in value)
 
 
 def choose(recipes: Mapping[str, Callable[[], TrainConfig]], name: str) -> TrainConfig:
@@ -490,8 +511,8 @@ def load_file(path: str) -> TrainConfig:
       ValueError: for a file without ``get_config()``, one that takes a name and gets none (or the
         reverse), a name that it does not know, or one that returns something else.
     """
-    path, _, name = path.partition(".py:")
-    path += ".py" if name else ""
+    path, separator, name = path.partition(".py:")
+    path += ".py" if separator else ""
     file = pathlib.Path(path)
     if not file.is_file():
         candidates = (
@@ -504,14 +525,11 @@ def load_file(path: str) -> TrainConfig:
             else f" There: {', '.join(sorted(candidates)) or 'nothing'}."
         )
         raise FileNotFoundError(f"config file {path!r} does not exist.{known}")
-    spec = importlib.util.spec_from_file_location(f"gfa_jax_config_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"config file {path!r} is not a Python file.")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = _modules.run_module(file, f"gfa_jax_config_{file.stem}")
     if not hasattr(module, "get_config"):
         raise ValueError(f"config file {path!r} has no get_config().")
-    takes_name = bool(inspect.signature(module.get_config).parameters)
+    parameters = inspect.signature(module.get_config).parameters.values()
+    takes_name = any(parameter.default is parameter.empty for parameter in parameters)
     if takes_name != bool(name):
         names = ", ".join(getattr(module, "RECIPES", ()))
         raise ValueError(

@@ -132,6 +132,11 @@ def add_gfa_gradient(
     """
     # optax.inject_hyperparams hands on **options as one argument of that name.
     options |= options.pop("options", {})
+    if "cross_entropy_weight" in options:
+        raise ValueError(
+            f"cross_entropy_weight={options['cross_entropy_weight']!r}: add_gfa_gradient adds the "
+            "penalty alone; use add_objective_gradient for anything else."
+        )
     objective = objectives.gfa(1.0, cross_entropy_weight=0, **options)
     return add_objective_gradient(objective, weight, mask=mask)
 

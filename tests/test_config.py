@@ -51,6 +51,8 @@ def test_a_file_of_many_recipes_needs_a_name():
         config_lib.load_file(path)
     with pytest.raises(ValueError, match="recipe='trade' is not one of.*Did you mean 'trades'"):
         config_lib.load_file(f"{path}:trade")
+    with pytest.raises(ValueError, match="holds several recipes: name one"):
+        config_lib.load_file(f"{path}:")
     with pytest.raises(ValueError, match="holds one recipe, and takes no name such as 'x'"):
         config_lib.load_file(path.replace("_baselines", "_gfa") + ":x")
     with pytest.raises(FileNotFoundError, match="does not exist"):
@@ -136,6 +138,11 @@ def test_config_files_that_cannot_be_used_are_named(tmp_path, capsys, smoke):
     bad.write_text("x = 1\n")
     with pytest.raises(ValueError, match=r"has no get_config\(\)"):
         config_lib.load_file(str(bad))
+    bad.write_text(
+        "from gfa_jax.config import TrainConfig\n"
+        "def get_config(seed=3):\n    return TrainConfig(seed=seed)\n"
+    )
+    assert config_lib.load_file(str(bad)).seed == 3
     bad.write_text("def get_config():\n    return {}\n")
     with pytest.raises(ValueError, match="returns dict, not"):
         config_lib.load_file(str(bad))
@@ -156,6 +163,33 @@ def test_regularizers_from_the_command_line(tmp_path):
     assert (entry.name, entry.weight) == ("curvature", 3.0)
     assert entry.options == {"h": 0.25, "squared": False}
     assert not list(tmp_path.iterdir())
+
+
+def test_differences_within_a_list_are_named_by_field():
+    old, new = (
+        config_lib.to_dict(
+            config_lib.TrainConfig(
+                regularizers=(config_lib.RegularizerConfig(name="grad_align", weight=weight),)
+            )
+        )
+        for weight in (0.1, 0.2)
+    )
+    assert config_lib.differences(old, new) == ["config.regularizers[0].weight: 0.1 there, 0.2 now"]
+
+
+def test_a_config_of_an_earlier_version_means_what_it_did():
+    """Without the sections and fields that came later: the same recipe as with their defaults."""
+    values = config_lib.to_dict(config_lib.TrainConfig())
+    for section in ("loss", "regularizers", "noise"):
+        del values[section]
+    for section, fields in {
+        "attack": ("loss", "start_std"),
+        "gfa": ("inputs",),
+        "optimizer": ("drops", "nesterov"),
+    }.items():
+        for field in fields:
+            del values[section][field]
+    assert config_lib.from_dict(values) == config_lib.TrainConfig()
 
 
 def test_damaged_sections_of_a_saved_config_are_named():
@@ -232,6 +266,16 @@ def test_unknown_fields_of_a_saved_config_are_named():
             None,
             {"regularizers": (config_lib.RegularizerConfig(name="a:b", options={"weight": 1}),)},
             r"must not hold \['weight'\]",
+        ),
+        (
+            None,
+            {"regularizers": (config_lib.RegularizerConfig(name="a:b", options={"p": (1, 2)}),)},
+            r"options\['p'\]=\(1, 2\) of type tuple must be",
+        ),
+        (
+            "attack",
+            {"name": "fgsm", "step_size": 0.1, "random_start": False},
+            "config.attack.step_size=0.1 needs config.attack.random_start=True",
         ),
         ("loop", {"log_every": 0}, "config.loop.log_every=0"),
     ],

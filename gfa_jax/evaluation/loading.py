@@ -4,13 +4,14 @@ import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gfa_jax import config as config_lib
-from gfa_jax import data, taps
+from gfa_jax import data, files, taps
 from gfa_jax.config import TrainConfig
 from gfa_jax.training import checkpoint, recipe, step
 from gfa_jax.types import Array, Features, ModelState, Params, Taps
@@ -22,6 +23,7 @@ class LoadedRun:
 
     Attributes:
       config: of the training run.
+      saved_config: its fields as the run has them, without those of later versions.
       classifier: what the config says about it.
       test_set: the examples to evaluate on.
       params: parameters, replicated over the mesh.
@@ -33,6 +35,7 @@ class LoadedRun:
     """
 
     config: TrainConfig
+    saved_config: Mapping[str, Any]
     classifier: recipe.Classifier
     test_set: data.Dataset
     params: Params
@@ -115,6 +118,7 @@ def load_run(
         checkpoints.close()
     return LoadedRun(
         config,
+        files.read_json(path)["config"],
         built,
         test_set,
         params,

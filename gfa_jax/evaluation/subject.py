@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gfa_jax import config as config_lib
 from gfa_jax import data, losses, norms
 from gfa_jax.attacks.base import is_misclassified
 from gfa_jax.evaluation import loading
@@ -112,7 +111,7 @@ def from_run(run: loading.LoadedRun, name: str) -> Subject:
         weights_hash=run.weights_hash,
         details={
             "data": {"name": run.config.data.name, "split": "test"},
-            "config": config_lib.to_dict(run.config),
+            "config": dict(run.saved_config),
             "checkpoint_step": run.step,
             "training": dict(run.training),
         },

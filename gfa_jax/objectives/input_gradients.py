@@ -79,7 +79,7 @@ def grad_align(
     passes are in training mode.
 
     Metrics: those of ``cross_entropy()``, ``grad_align_penalty``, ``grad_align_weight`` and
-    ``zero_gradients`` (the share of examples left out).
+    ``grad_align_zero_gradients`` (the share of examples left out).
 
     Args:
       weight: >= 0 (0.2 in the paper at epsilon 8/255); may be traced. A Python 0 gives exactly
@@ -101,7 +101,7 @@ def grad_align(
         nonzero = product > 0
         cosine = norms.dot(left, right) / jnp.where(nonzero, product, 1)
         value = jnp.sum(jnp.where(nonzero, 1 - cosine, 0)) / jnp.maximum(jnp.sum(nonzero), 1)
-        metrics = {"zero_gradients": jnp.mean(~nonzero)}
+        metrics = {"grad_align_zero_gradients": jnp.mean(~nonzero)}
         return Penalty(value, metrics, clean.logits, clean.model_state)
 
     return regularized(penalty_fn, weight, cross_entropy_weight, name="grad_align")
@@ -215,9 +215,8 @@ def curvature(
     both differentiated, and the direction ``z = sign g(x) / |sign g(x)|_2``, held constant: a
     finite difference of the Hessian along ``z``, times h. An example of zero gradient has no
     direction: it stays, and adds nothing. The authors' code takes the norm without the square
-    (``squared=False``) with weight 4 and raises h over the first epochs to 1.5; it takes the
-    gradients in evaluation mode, this function in training mode. ``x + h z`` is not clipped to the
-    box.
+    (``squared=False``) with weight 4 and raises h over the first epochs; it takes the gradients in
+    evaluation mode, this function in training mode. ``x + h z`` is not clipped to the box.
 
     Metrics: those of ``cross_entropy()``, ``curvature_penalty`` and ``curvature_weight``.
 

@@ -2,14 +2,13 @@
 
 import functools
 import importlib
-import importlib.util
 import inspect
 import pathlib
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
-from gfa_jax import _validate
+from gfa_jax import _modules, _validate
 from gfa_jax.objectives.baselines import logit_squeezing
 from gfa_jax.objectives.input_gradients import (
     curvature,
@@ -65,13 +64,13 @@ def regularizer(
         arguments["threat"] = threat
     # The first argument is the weight, under whatever name.
     takes = [*parameters][1:]
+    if "cross_entropy_weight" not in takes:
+        raise ValueError(
+            f"regularizer {name!r} must take cross_entropy_weight beside its weight: 0 leaves the "
+            f"penalty alone. It takes {[*parameters]}."
+        )
     takes_any = any(kind.kind is inspect.Parameter.VAR_KEYWORD for kind in parameters.values())
     if not takes_any:
-        if "cross_entropy_weight" not in takes:
-            raise ValueError(
-                f"regularizer {name!r} must take cross_entropy_weight beside its weight: 0 leaves "
-                f"the penalty alone. It takes {[*parameters]}."
-            )
         free = [option for option in takes if option not in ("cross_entropy_weight", "threat")]
         _validate.known_options(f"regularizer {name!r}", options, free)
     missing = [
@@ -93,12 +92,15 @@ def regularizer(
     return objective
 
 
-@functools.cache  # A file is run once, however often an objective is built.
 def _find(name: str) -> RegularizerFactory:
     place, separator, attribute = name.rpartition(":")
     if not separator:
         _validate.one_of(REGULARIZERS, regularizer=name)
         return REGULARIZERS[name]
+    if not place or (place.startswith(".") and not place.endswith(".py")):
+        raise ValueError(
+            f"regularizer={name!r} must be package.module:function or file.py:function."
+        )
     module = _module(name, place)
     factory = getattr(module, attribute, None)
     if not callable(factory):
@@ -115,16 +117,18 @@ def _module(name: str, place: str) -> ModuleType:
         try:
             return importlib.import_module(place)
         except ModuleNotFoundError as error:
-            if error.name is None or not place.startswith(error.name):
+            if error.name is None or not f"{place}.".startswith(f"{error.name}."):
                 raise  # Found, and missing something of its own.
             raise ValueError(
                 f"regularizer={name!r}: Python finds no module {place!r}. Its folder must be on "
                 "PYTHONPATH; or name the file, as in path/to/file.py:function."
             ) from error
-    path = pathlib.Path(place)
-    spec = importlib.util.spec_from_file_location(f"gfa_jax_regularizer_{path.stem}", path)
-    if not path.is_file() or spec is None or spec.loader is None:
+    path = pathlib.Path(place).absolute()
+    if not path.is_file():
         raise ValueError(f"regularizer={name!r}: there is no file {place!r}.")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return _run_file(path, path.stat().st_mtime_ns)
+
+
+@functools.cache  # An objective is built at every trace; the file runs again only when it changed.
+def _run_file(path: pathlib.Path, changed: int) -> ModuleType:
+    return _modules.run_module(path, f"gfa_jax_regularizer_{path.stem}_{changed}")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from gfa_jax import attacks, objectives
-from gfa_jax.config import PAIRED_LOSSES, LossConfig, TrainConfig
+from gfa_jax.config import PAIRED_LOSSES, LossConfig, RegularizerConfig, TrainConfig
 from gfa_jax.threat import ThreatModel
 from gfa_jax.types import Array, AttackFn, Objective
 
@@ -117,7 +117,7 @@ def _terms(
             )
 
         makers.append((attacked and config.gfa.inputs == "attacked", alignment))
-    for entry in config.regularizers:
+    for index, entry in enumerate(config.regularizers):
         if entry.weight == 0:
             continue
         weight_at = ramp(entry.weight, entry.warmup_fraction, config.train_steps)
@@ -125,17 +125,20 @@ def _terms(
         def regularizer(
             step: Array,
             cross_entropy_weight: float,
-            name: str = entry.name,
+            index: int = index,
+            entry: RegularizerConfig = entry,
             weight_at: Callable[[Array], float | Array] = weight_at,
-            options: dict[str, Any] = entry.options,
         ) -> Objective:
-            return objectives.regularizer(
-                name,
-                weight_at(step),
-                threat=threat,
-                cross_entropy_weight=cross_entropy_weight,
-                **options,
-            )
+            try:
+                return objectives.regularizer(
+                    entry.name,
+                    weight_at(step),
+                    threat=threat,
+                    cross_entropy_weight=cross_entropy_weight,
+                    **entry.options,
+                )
+            except ValueError as error:
+                raise ValueError(f"config.regularizers[{index}]: {error}") from error
 
         makers.append((attacked and entry.inputs == "attacked", regularizer))
     host = None

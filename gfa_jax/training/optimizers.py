@@ -29,7 +29,7 @@ def schedule(
       drops: of ``step``: shares of training, in (0, 1).
 
     Raises:
-      ValueError: for an unknown name, or a warm-up that leaves no step.
+      ValueError: for an unknown name, or a warm-up that leaves no step. Drops are not checked.
     """
     warmup_steps = round(warmup_fraction * num_steps)
     if warmup_steps >= num_steps:
@@ -53,7 +53,7 @@ def schedule(
         factors: dict[int, float] = {}
         for drop in drops:
             # Drops within the warm-up show from its end on.
-            boundary = max(0, int(drop * num_steps) - warmup_steps)
+            boundary = max(0, round(drop * num_steps) - warmup_steps)
             factors[boundary] = 0.1 * factors.get(boundary, 1.0)
         main = optax.schedules.piecewise_constant_schedule(learning_rate, factors)
     else:

@@ -62,7 +62,8 @@ def build_classifier(
     """Builds the classifier; nothing that only training needs is looked at.
 
     Raises:
-      ValueError: where model and images do not fit, naming the fields.
+      ValueError: where model and images do not fit, or for a pattern of layers that is no regular
+        expression, naming the fields.
     """
     spec = models.MODELS[config.model.name]
     height, width, channels = image_shape

@@ -41,6 +41,32 @@ def test_gradients_cost_two_more_convolutions():
     assert flops.count(jax.grad(loss, argnums=1), IMAGES, KERNEL) == 2 * plain
 
 
+@pytest.mark.parametrize(("stride", "groups"), [(1, 1), (2, 1), (1, 3), (2, 3)])
+def test_each_gradient_of_a_convolution_costs_a_convolution(stride, groups):
+    """Strided and grouped ones, too, whose gradients are convolutions of other kinds."""
+
+    def loss(images, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jnp.sum(
+            jnp.sin(
+                jax.lax.conv_general_dilated(
+                    images,
+                    kernel,
+                    (stride, stride),
+                    "SAME",
+                    dimension_numbers=numbers,
+                    feature_group_count=groups,
+                )
+            )
+        )
+
+    kernel = jnp.ones((3, 3, 3 // groups, 6))
+    plain = 2 * 2 * (8 // stride) ** 2 * 6 * 9 * (3 // groups)
+    assert flops.count(loss, IMAGES, kernel) == plain
+    assert flops.count(jax.grad(loss), IMAGES, kernel) == 2 * plain
+    assert flops.count(jax.grad(loss, argnums=1), IMAGES, kernel) == 2 * plain
+
+
 @pytest.mark.parametrize("num_steps", [1, 5])
 def test_loops_count_as_often_as_they_run(num_steps):
     square = jnp.ones((4, 4))

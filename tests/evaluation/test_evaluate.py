@@ -2,8 +2,10 @@
 refusals."""
 
 import dataclasses
+import hashlib
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -251,6 +253,22 @@ def test_a_stopped_evaluation_goes_on_where_it_was(
         assert one.files == other.files
         for field in one.files:
             np.testing.assert_array_equal(one[field], other[field], field)
+
+
+def test_a_run_of_an_earlier_version_is_evaluated_as_it_was(evaluated, workdir, tmp_path):
+    """Its config lacks later sections, and stays as it is: so do the records' fingerprints."""
+    old = tmp_path / "old"
+    shutil.copytree(workdir, old)
+    content = json.loads((old / "config.json").read_text())
+    for section in ("loss", "regularizers", "noise"):
+        del content["config"][section]
+    (old / "config.json").write_text(json.dumps(content))
+    results = evaluate.evaluate(flags_for(old, tmp_path / "out"))
+    assert results["config"] == content["config"]
+    assert results["robust_accuracy"] == evaluated[0]["robust_accuracy"]
+    header = next((tmp_path / "out" / "records").glob("*.json"))
+    digest = hashlib.sha256(json.dumps(content["config"], sort_keys=True).encode()).hexdigest()
+    assert digest in header.read_text()
 
 
 def test_a_full_disk_loses_nothing(evaluated, workdir, tmp_path, monkeypatch):

@@ -243,7 +243,7 @@ def test_saturated_examples_give_finite_numbers(key, name):
     chex.assert_tree_all_finite((loss, aux.metrics, grads))
     assert jnp.mean(losses.cross_entropy(logits, batch["labels"])) < 1e-6
     if name == "grad_align":
-        assert aux.metrics["zero_gradients"] > 0.5
+        assert aux.metrics["grad_align_zero_gradients"] > 0.5
 
 
 @pytest.mark.parametrize("name", PENALTIES)

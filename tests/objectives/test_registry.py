@@ -1,5 +1,7 @@
 """Regularisers by name and by import path: what is passed on, and what is refused."""
 
+import os
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -36,6 +38,10 @@ def no_objective(weight, *, cross_entropy_weight):
 def ball(weight, threat, *, needed, cross_entropy_weight, **others):
     assert others in ({}, {"extra": 1})
     return lambda model, params, batch, key: (threat.epsilon * weight * needed, None)
+
+
+def anything(weight, **options):
+    return None
 
 
 constant = 1
@@ -88,6 +94,32 @@ def test_options_and_weight_reach_a_file_of_ones_own(case, key, own):
     assert objective(None, None, None, None)[0] == pytest.approx(0.6)
 
 
+def test_a_file_that_changed_is_run_again(tmp_path):
+    """And dataclasses under postponed annotations work in it."""
+    path = tmp_path / "changing.py"
+    text = """
+from __future__ import annotations
+import dataclasses
+
+
+@dataclasses.dataclass
+class Scale:
+    value: float = {}
+
+
+def f(weight, *, cross_entropy_weight):
+    return lambda model, params, batch, key: (Scale().value * weight, None)
+"""
+    for index, value in enumerate((2.0, 5.0)):
+        path.write_text(text.format(value))
+        os.utime(path, ns=(index, index))
+        objective = objectives.regularizer(f"{path}:f", 3.0, threat=THREAT)
+        assert objective(None, None, None, None)[0] == 3.0 * value
+    # Unchanged, it is not: building an objective again gives the same function.
+    again = objectives.regularizer(f"{path}:f", 3.0, threat=THREAT)
+    assert again.__code__ is objective.__code__
+
+
 def test_a_module_on_the_path_is_imported(own, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     assert callable(objectives.regularizer("own_regularizers:logit_power", 1.0, threat=THREAT))
@@ -106,6 +138,9 @@ def test_a_module_on_the_path_is_imported(own, monkeypatch, tmp_path):
         ("OWN:without_cross_entropy", {}, "must take cross_entropy_weight beside its weight"),
         ("OWN:no_objective", {}, "returned int, not an objective"),
         ("OWN:ball", {}, "needs the option 'needed'"),
+        ("OWN:anything", {}, "must take cross_entropy_weight beside its weight"),
+        (":f", {}, "regularizer=':f' must be package.module:function or file.py:function"),
+        (".relative:f", {}, "must be package.module:function"),
     ],
 )
 def test_what_cannot_be_used_is_named(own, name, options, message):

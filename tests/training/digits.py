@@ -21,7 +21,7 @@ def images(split):
 
 
 def train(config, num_steps=NUM_STEPS):
-    """Returns ``inputs -> logits`` after a training of so many steps."""
+    """Returns the recipe and its parameters after a training of so many steps."""
     config = dataclasses.replace(config, train_steps=num_steps)
     examples = data.load("digits", "train", num_validation=300)
     built = recipe.build(config, num_classes=10, image_shape=(8, 8, 1))

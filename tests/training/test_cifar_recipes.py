@@ -36,7 +36,7 @@ def test_a_step_is_finite_and_moves_weights_and_statistics(key, name):
     }
     first = state.create(built.module, built.optimizer, key, built.image_shape)
     before = jax.tree.map(np.asarray, first)
-    # Late enough for all weights and learning rates to be there.
+    # Late enough for all weights of the objective to be there.
     current = dataclasses.replace(first, step=jnp.asarray(config.train_steps // 2))
     for _ in range(3):
         current, metrics = train_step(current, batch, key)

@@ -83,7 +83,7 @@ HAND = {
         recipe(regularizers=(penalty(options={"norm": "l1", "squared": False}),)),
         objectives.gradient_norm(0.3, "l1", squared=False),
     ),
-    "a regulariser of weight 0": (recipe(regularizers=(penalty("none", 0.0),)), CE()),
+    "a regulariser of weight 0": (recipe(regularizers=(penalty("nowhere.py:f", 0.0),)), CE()),
     "a regulariser beside gfa": (
         recipe(gfa=gfa(), regularizers=(penalty(),)),
         objectives.sum_of(
@@ -243,7 +243,9 @@ def test_schedules_follow_the_step(case, key, name):
 
 
 def test_options_that_a_part_refuses_are_refused_at_once():
-    with pytest.raises(ValueError, match="'curvature' needs the option 'h'"):
-        objective_at(recipe(regularizers=(penalty("curvature"),)), {}, {})
+    with pytest.raises(ValueError, match=r"config.regularizers\[1\]: .* needs the option 'h'"):
+        objective_at(recipe(regularizers=(penalty(), penalty("curvature"))), {}, {})
+    with pytest.raises(ValueError, match=r"config.regularizers\[0\]: norm='l3' is not one of"):
+        objective_at(recipe(regularizers=(penalty(options={"norm": "l3"}),)), {}, {})
     with pytest.raises(ValueError, match="there is no file 'nowhere.py'"):
         objective_at(recipe(regularizers=(penalty("nowhere.py:f"),)), {}, {})

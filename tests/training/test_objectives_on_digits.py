@@ -99,13 +99,13 @@ STATED = {
     "grad_align": Stated(0.95, 0.47, ((gradient_cosine, 0.945, None),)),
     "trades": Stated(0.95, 0.59),
     # With beta 0: .32 and .33.
-    "mart": Stated(0.93, 0.54, ((adversarial_divergence, 0.0, 0.29),)),
+    "mart": Stated(0.93, 0.54, ((adversarial_divergence, None, 0.29),)),
     # With weight 0: .57.
     "logit_pairing": Stated(0.94, 0.60),
     # With weight 0: .33.
     "logit_squeezing": Stated(0.93, 0.38),
     # With gamma 0: .54 and .57.
-    "at_awp": Stated(0.94, 0.54, ((sharpness, 0.0, 0.3),)),
+    "at_awp": Stated(0.94, 0.54, ((sharpness, None, 0.3),)),
     "trades_awp": Stated(0.95, 0.60),
     "gradient_norm": Stated(0.95, 0.07),
     "squared_gradient_norm": Stated(0.89, 0.32),
@@ -146,5 +146,5 @@ def test_an_objective_trains_to_what_is_stated(name):
         assert worst <= 0.05  # what the others are compared with
     for measure, low, high in stated.properties:
         value = measure(built, params)
-        assert value >= low
+        assert low is None or value >= low
         assert high is None or value <= high
