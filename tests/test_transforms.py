@@ -550,6 +550,8 @@ def test_a_bad_weight_is_refused_at_once(weight):
 
 
 def test_bad_options_are_refused_at_once():
+    with pytest.raises(ValueError, match="cross_entropy_weight=1.0: add_gfa_gradient adds the"):
+        transforms.add_gfa_gradient(1.0, cross_entropy_weight=1.0)
     with pytest.raises(ValueError, match="Did you mean 'log_odds'"):
         transforms.add_gfa_gradient(1.0, target="logodds")
     with pytest.raises(TypeError, match="targets"):
