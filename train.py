@@ -8,7 +8,7 @@ This file is intentionally short: the loop is ``gfa_jax.training.loop``.
 import jax
 
 from gfa_jax import cli
-from gfa_jax.training import guards, loop
+from gfa_jax.training import dry_run, guards, loop
 
 
 def main() -> None:
@@ -16,6 +16,9 @@ def main() -> None:
     flags = cli.parse_train()
     if flags.compile_cache:
         jax.config.update("jax_compilation_cache_dir", flags.compile_cache)
+    if flags.dry_run:
+        print(cli.run_or_fail(lambda: dry_run.text(flags.config, dry_run.plan(flags.config))))
+        return
     try:
         cli.run_or_fail(
             lambda: loop.train_and_evaluate(

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import flops
 from configs import (
     digits_baselines,
     digits_fgsm_at,
@@ -27,7 +26,7 @@ from gfa_jax import config as config_lib
 from gfa_jax.attacks import compaction
 from gfa_jax.config import TrainConfig
 from gfa_jax.evaluation import loading
-from gfa_jax.training import loop, recipe, state, step
+from gfa_jax.training import flops, loop, recipe, state, step
 
 RECIPES: Mapping[str, Callable[[], TrainConfig]] = {
     "standard": digits_standard.get_config,

@@ -88,6 +88,8 @@ class TrainFlags:
     """Stop, saved, once so many steps are done; schedules still span the whole training."""
     compile_cache: str | None = None
     """Folder in which compiled programs are kept between runs."""
+    dry_run: bool = False
+    """Compile the step, print what it needs, and write nothing; data need not be there."""
     tensorboard: bool = False
     """Write TensorBoard events to WORKDIR/tensorboard too (needs the tensorboard extra)."""
 
@@ -102,6 +104,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainFlags:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE")
     known, rest = parser.parse_known_args(argv)
+    rest = [f"{flag}=True" if flag in ("--dry_run", "--dry-run") else flag for flag in rest]
     wants_help = any(flag in rest for flag in ("-h", "--help"))
     if known.config is None and not wants_help:
         fail("--config FILE is required, such as --config configs/digits_gfa.py.")

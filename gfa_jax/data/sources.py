@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from typing import Any
 
 import numpy as np
 
@@ -202,6 +203,43 @@ def load(
         num_classes=len(source.label_names),
         label_names=source.label_names,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What a data set's examples are like.
+
+    Attributes:
+      image_shape: `(H, W, C)`.
+      dtype: of images as stored, `uint8` or `float32`.
+      num_classes: number of classes.
+    """
+
+    image_shape: tuple[int, int, int]
+    dtype: np.dtype[Any]
+    num_classes: int
+
+
+def describe(name: str, *, data_dir: str | None = None) -> Description:
+    """Describes a data set by its metadata.
+
+    Of `arrays` the file must be there; a `tfds:` set that tfds itself defines need not be prepared.
+
+    Args:
+      name: as in `load`.
+      data_dir: as in `load`.
+
+    Raises:
+      ValueError: for an unknown name, or images of more than one size.
+      FileNotFoundError: for a missing file, or a set that only its prepared files describe.
+      ImportError: if an optional package that the source needs is not installed.
+    """
+    kind, _, rest = name.partition(":")
+    if kind == "tfds" and rest:
+        shape, num_classes = tfds_source.describe_tfds(rest, data_dir)
+        return Description(shape, np.dtype(np.uint8), num_classes)
+    one = load(name, "train", data_dir=data_dir, max_examples=1)
+    return Description(one.image_shape, one.images.dtype, one.num_classes)
 
 
 def seeded_permutation(num: int, *seed: int) -> np.ndarray:

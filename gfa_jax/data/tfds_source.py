@@ -47,14 +47,8 @@ def open_tfds(spec: str, data_dir: str | None) -> Source:
       FileNotFoundError: if the data set is not prepared; the message says how to prepare it.
       ImportError: if a package that tfds needs is not installed.
     """
-    match = _TFDS_NAME.fullmatch(spec)
-    if match is None:
-        raise ValueError(
-            f"cannot read the tfds name {spec!r}; valid: BUILDER, BUILDER/CONFIG, "
-            "BUILDER:VERSION, BUILDER/CONFIG:VERSION, such as 'cifar10' or 'cifar10:3.0.2'"
-        )
     tfds = import_tfds()
-    builder = _prepared_builder(tfds, match, data_dir)
+    builder = _prepared_builder(tfds, _parse_name(spec), data_dir)
     features = builder.info.features
     _check_tfds_features(tfds, spec, features)
 
@@ -89,6 +83,36 @@ def open_tfds(spec: str, data_dir: str | None) -> Source:
     )
 
 
+def describe_tfds(spec: str, data_dir: str | None) -> tuple[tuple[int, int, int], int]:
+    """Returns image shape `(H, W, C)` and number of classes, from tfds's own metadata.
+
+    Raises:
+      ValueError: as `open_tfds`, and for images of more than one size.
+      FileNotFoundError: for a set that only its prepared files describe.
+      ImportError: as `open_tfds`.
+    """
+    tfds = import_tfds()
+    features = _builder(tfds, _parse_name(spec), data_dir).info.features
+    _check_tfds_features(tfds, spec, features)
+    shape = features["image"].shape
+    if None in shape:
+        raise ValueError(
+            f"images of tfds data set {spec!r} have no size of their own, {shape}: name the set "
+            "that was resized when it was prepared."
+        )
+    return shape, features["label"].num_classes
+
+
+def _parse_name(spec: str) -> re.Match[str]:
+    match = _TFDS_NAME.fullmatch(spec)
+    if match is None:
+        raise ValueError(
+            f"cannot read the tfds name {spec!r}; valid: BUILDER, BUILDER/CONFIG, "
+            "BUILDER:VERSION, BUILDER/CONFIG:VERSION, such as 'cifar10' or 'cifar10:3.0.2'"
+        )
+    return match
+
+
 def import_tfds() -> Any:
     """Imports tensorflow-datasets together with what it needs to read and write without TensorFlow.
 
@@ -118,15 +142,20 @@ def is_prepared(folder: pathlib.Path) -> bool:
     return (folder / "dataset_info.json").is_file() and any(folder.glob("*.array_record*"))
 
 
-def _prepared_builder(tfds: Any, match: re.Match[str], data_dir: str | None) -> Any:
-    """Returns the builder of a data set whose array_record files exist."""
+def _full_name(match: re.Match[str]) -> str:
+    name, config, version = match.group("builder", "config", "version")
+    return name + (f"/{config}" if config else "") + (f":{version}" if version else "")
+
+
+def _builder(tfds: Any, match: re.Match[str], data_dir: str | None) -> Any:
+    """Returns the builder of a data set, prepared or not."""
     from gfa_jax.data import prepare
 
-    name, config, version = match.group("builder", "config", "version")
-    full_name = name + (f"/{config}" if config else "") + (f":{version}" if version else "")
+    name, config = match.group("builder", "config")
+    full_name = _full_name(match)
     root = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
     try:
-        builder = tfds.builder(full_name, data_dir=data_dir and os.path.expanduser(data_dir))
+        return tfds.builder(full_name, data_dir=data_dir and os.path.expanduser(data_dir))
     except tfds.core.DatasetNotFoundError as error:
         # tfds itself knows the sets that only files describe from these files.
         how = prepare.how_to_prepare(name + (f"/{config}" if config else ""), root)
@@ -143,6 +172,13 @@ def _prepared_builder(tfds: Any, match: re.Match[str], data_dir: str | None) -> 
         # tfds raises AssertionError for a version that it does not have.
         raise ValueError(f"tfds cannot open {full_name!r}: {error}") from error
 
+
+def _prepared_builder(tfds: Any, match: re.Match[str], data_dir: str | None) -> Any:
+    """Returns the builder of a data set whose array_record files exist."""
+    from gfa_jax.data import prepare
+
+    name, full_name = match.group("builder"), _full_name(match)
+    builder = _builder(tfds, match, data_dir)
     # Asked to read what is not there, tfds reports a wrong file format or tries to download.
     folder = pathlib.Path(builder.data_path)
     if is_prepared(folder):

@@ -190,3 +190,36 @@ def test_import_is_light():
 def test_dataset_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         make_dataset().labels = np.zeros(6, np.int32)
+
+
+def test_descriptions_are_those_of_what_is_loaded(tmp_path):
+    digits = sources.describe("digits")
+    assert digits == sources.Description((8, 8, 1), np.dtype(np.float32), 10)
+    path = tmp_path / "own.npz"
+    arrays = {f"{split}_labels": np.array([0, 2, 1]) for split in ("train", "test")}
+    arrays |= {f"{split}_images": np.zeros((3, 5, 6), np.uint8) for split in ("train", "test")}
+    np.savez(path, **arrays)
+    assert sources.describe(f"arrays:{path}") == sources.Description(
+        (5, 6, 1), np.dtype(np.uint8), 3
+    )
+    with pytest.raises(ValueError, match="unknown data set name 'digit'.*Did you mean 'digits'"):
+        sources.describe("digit")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "num_classes"),
+    [("cifar100", (32, 32, 3), 100), ("mnist", (28, 28, 1), 10)],
+)
+def test_sets_of_tfds_are_described_before_they_are_prepared(tmp_path, name, shape, num_classes):
+    found = sources.describe(f"tfds:{name}", data_dir=str(tmp_path))
+    assert found == sources.Description(shape, np.dtype(np.uint8), num_classes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sets_without_one_size_or_a_description_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="have no size of their own"):
+        sources.describe("tfds:imagenette/160px-v2", data_dir=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="tiny_imagenet.*is not prepared in"):
+        sources.describe("tfds:tiny_imagenet", data_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="cannot read the tfds name 'cifar10:x:y'"):
+        sources.describe("tfds:cifar10:x:y", data_dir=str(tmp_path))

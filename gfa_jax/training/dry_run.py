@@ -1,0 +1,154 @@
+"""What a training would cost: the step compiled ahead of time, without data and without a run."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gfa_jax import config as config_lib
+from gfa_jax import data
+from gfa_jax.config import TrainConfig
+from gfa_jax.training import collectives, flops, recipe, state, step
+
+UTILISATION = 0.4
+"""The share of a device's peak that an expected step time supposes; convolutions of small images
+reach less, large matrix products more."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """A device's data sheet.
+
+    Attributes:
+      peak: dense floating-point operations per second of float32 products, by ``config.precision``.
+      link: bytes per second that it sends to its neighbours, in one direction.
+      memory: bytes.
+    """
+
+    peak: Mapping[str, float]
+    link: float
+    memory: float
+
+
+def _tpu(bfloat16: float, link: float, memory: float) -> Device:
+    # Float32 products are one, three or six products of bfloat16.
+    peak = {"default": bfloat16, "high": bfloat16 / 3, "highest": bfloat16 / 6}
+    return Device(peak, link, memory)
+
+
+DEVICES: Mapping[str, Device] = {
+    "TPU v5e": _tpu(197e12, 200e9, 16e9),
+    "TPU v6e": _tpu(918e12, 448e9, 32e9),
+    # TF32 by default, without sparsity.
+    "H100 SXM": Device({"default": 494e12, "high": 494e12, "highest": 67e12}, 450e9, 80e9),
+    "A100 SXM": Device({"default": 156e12, "high": 156e12, "highest": 19.5e12}, 300e9, 80e9),
+}
+"""Peaks, links and memories as their makers give them."""
+
+
+def plan(config: TrainConfig) -> dict[str, Any]:
+    """Compiles the training step and returns what it needs.
+
+    Data is described by its metadata alone, and nothing is written. The step is compiled for this
+    process's devices, its batch split over them.
+
+    Returns:
+      ``parameters`` and ``parameter_bytes``; ``flops`` of a step over the global batch, matrix
+      products and convolutions, loops as often as they run; ``memory_bytes`` of a device at the
+      step's peak; ``collectives``: ``{kind: {num_times, num_bytes}}`` of one device and step;
+      ``devices``, their number; ``expected_seconds`` of a step on as many of each of ``DEVICES``.
+
+    Raises:
+      ValueError: for a bad config, or data that does not fit.
+    """
+    num_devices = jax.device_count()
+    config_lib.validate(config, num_devices=num_devices)
+    described = data.describe(config.data.name, data_dir=config.data.data_dir)
+    built = recipe.build(
+        config, num_classes=described.num_classes, image_shape=described.image_shape
+    )
+    mesh = step.data_mesh()
+    everywhere, split = step.replicated(mesh), step.split(mesh)
+    train_step = step.make_train_step(
+        built.module,
+        built.objective_at,
+        built.optimizer,
+        layers=built.train_layers,
+        augment=built.augment,
+        mesh=mesh,
+    )
+    shapes = jax.eval_shape(
+        lambda key: state.create(built.module, built.optimizer, key, built.image_shape),
+        jax.random.key(0),
+    )
+    template = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes
+    )
+    images = (config.batch_size, *described.image_shape)
+    batch = {
+        "inputs": jax.ShapeDtypeStruct(images, described.dtype, sharding=split),
+        "labels": jax.ShapeDtypeStruct(images[:1], jnp.int32, sharding=split),
+    }
+    key = jax.device_put(jax.random.key(0), everywhere)
+    with jax.default_matmul_precision(config.precision):
+        operations = flops.count(train_step, template, batch, key)
+        compiled = train_step.lower(template, batch, key).compile()
+    memory, program = compiled.memory_analysis(), compiled.as_text()
+    if memory is None or program is None:
+        raise ValueError(f"{jax.default_backend()} devices do not tell what a program needs.")
+    peak_bytes = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    traffic = collectives.count(program)
+    leaves = jax.tree.leaves(template.params)
+    expected = {
+        name: operations / num_devices / (UTILISATION * device.peak[config.precision])
+        + sum(kind.num_bytes for kind in traffic.values()) / device.link
+        for name, device in DEVICES.items()
+    }
+    return {
+        "parameters": state.num_params(template.params),
+        "parameter_bytes": sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in leaves),
+        "flops": operations,
+        "devices": num_devices,
+        "memory_bytes": peak_bytes,
+        "collectives": {kind: one._asdict() for kind, one in traffic.items()},
+        "expected_seconds": expected,
+    }
+
+
+def text(config: TrainConfig, found: Mapping[str, Any]) -> str:
+    """Returns a plan as lines to print."""
+    lines = [
+        f"{config.model.name}: {found['parameters']:,} parameters, "
+        f"{found['parameter_bytes'] / 1e6:.1f} MB",
+        f"a step on {config.batch_size} images: {found['flops'] / 1e9:,.1f} GFLOPs, "
+        f"{config.train_steps:,} steps: {found['flops'] * config.train_steps / 1e15:,.2f} PFLOPs",
+        f"memory at the peak of a step: {found['memory_bytes'] / 1e6:,.1f} MB on each of "
+        f"{found['devices']} devices ({jax.devices()[0].device_kind})",
+    ]
+    for kind, one in found["collectives"].items():
+        lines.append(
+            f"{kind}: {one['num_times']} in a step, {one['num_bytes'] / 1e6:,.2f} MB on each device"
+        )
+    if not found["collectives"]:
+        lines.append("no collectives in a step")
+    lines.append(
+        f"expected at {UTILISATION:.0%} of the peak in precision {config.precision!r}, then links "
+        "at theirs:"
+    )
+    for name, seconds in found["expected_seconds"].items():
+        fits = found["memory_bytes"] <= DEVICES[name].memory
+        lines.append(
+            f"  {found['devices']} x {name}: {1e3 * seconds:.3g} ms a step, "
+            f"{config.batch_size / seconds:,.0f} images/s, "
+            f"{seconds * config.train_steps / 60:,.1f} min in all"
+            + ("" if fits else "; DOES NOT FIT its memory")
+        )
+    return "\n".join(lines)

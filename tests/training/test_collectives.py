@@ -1,0 +1,73 @@
+"""What four devices send each other, against what the program must send."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from gfa_jax.training import collectives, step
+
+
+def program(function, *shapes):
+    mesh = step.data_mesh(jax.devices()[:4])
+    shardings = tuple(
+        step.replicated(mesh) if index == 0 else step.split(mesh) for index in range(len(shapes))
+    )
+    jitted = jax.jit(function, in_shardings=shardings, out_shardings=step.replicated(mesh))
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return jitted.lower(*arguments).compile().as_text()
+
+
+def loss(weights, inputs):
+    return jnp.mean(jnp.tanh(inputs @ weights))
+
+
+def test_a_gradient_is_reduced_once():
+    found = collectives.count(program(jax.grad(loss), (64, 32), (16, 64)))
+    assert found == {"all-reduce": (1, 4 * 64 * 32)}
+
+
+def test_collectives_in_loops_count_as_often_as_they_run():
+    def looped(weights, inputs):
+        def total(_, value):
+            return jnp.sin(value + jnp.sum(jnp.tanh(inputs @ weights) * value))
+
+        return jax.lax.fori_loop(0, 5, total, jnp.float32(1)), jax.grad(loss)(weights, inputs)
+
+    found = collectives.count(program(looped, (64, 32), (16, 64)))
+    assert found == {"all-reduce": (6, 4 * 5 + 4 * 64 * 32)}
+
+
+def test_what_is_wanted_everywhere_is_gathered():
+    found = collectives.count(program(lambda weights, inputs: inputs * 2, (1,), (16, 64)))
+    assert found == {"all-gather": (1, 4 * 16 * 64)}
+
+
+def test_one_device_sends_nothing():
+    text = jax.jit(jax.grad(loss)).lower(jnp.ones((64, 32)), jnp.ones((16, 64))).compile().as_text()
+    assert collectives.count(text) == {}
+
+
+LOOP = """
+%body (p: (s32[], bf16[8])) -> (s32[], bf16[8]) {
+  %a = (bf16[8]{0}, bf16[32]{0}) all-gather-start(%x), channel_id=1
+  %b = bf16[32]{0} all-gather-done(%a)
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %w = (s32[], bf16[8]{0}) while(%t), condition=%cond, body=%body, backend_config={TRIPS}
+  ROOT %r = (f32[4]{0}, f32[2,3]{1,0}) all-reduce(%y, %z), to_apply=%add
+}
+"""
+
+
+def test_asynchronous_collectives_count_once_and_by_their_results():
+    text = LOOP.replace("TRIPS", '"known_trip_count":{"n":"7"}')
+    assert collectives.count(text) == {
+        "all-gather": (7, 7 * 2 * 32),
+        "all-reduce": (1, 4 * (4 + 6)),
+    }
+
+
+def test_unknown_numbers_of_iterations_are_refused():
+    with pytest.raises(ValueError, match="no known number of iterations"):
+        collectives.count(LOOP)

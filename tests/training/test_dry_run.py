@@ -1,0 +1,87 @@
+"""A plan of a training: its figures against closed forms, and that it touches nothing."""
+
+import dataclasses
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from configs import cifar10_standard, digits_pgd_at, digits_standard
+from gfa_jax.training import dry_run
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def standard():
+    return dry_run.plan(digits_standard.get_config())
+
+
+def test_figures_of_a_step(standard):
+    assert standard["parameters"] == 16_592
+    assert standard["parameter_bytes"] == 4 * 16_592
+    # Four 3x3 convolutions of 8x8 and 4x4 pixels and a dense layer, forward; two more backward,
+    # but none to the images.
+    first, second = 64 * 9 * 16, 64 * 9 * 16 * 16
+    third, fourth = 16 * 9 * 16 * 32, 16 * 9 * 32 * 32
+    forward = first + second + third + fourth + 32 * 10
+    # (On CPU, the first kernel's gradient is a sum of products and not a convolution.)
+    assert standard["flops"] == pytest.approx(64 * 2 * (3 * forward - first), rel=0.01)
+    assert standard["devices"] == jax.device_count()
+    # Parameters, two moments of AdamW, and a share of the images at least.
+    assert standard["memory_bytes"] > 3 * standard["parameter_bytes"]
+
+
+def test_data_parallel_training_reduces_gradients_once_and_attacks_nothing(standard):
+    """Steps of an attack need no device but their own."""
+    assert jax.device_count() > 1
+    attacked = dry_run.plan(digits_pgd_at.get_config())
+    for found in (standard, attacked):
+        assert set(found["collectives"]) == {"all-reduce"}
+        sent = found["collectives"]["all-reduce"]["num_bytes"]
+        # Beside the gradient some metrics.
+        assert 0 <= sent - found["parameter_bytes"] < 200
+    assert attacked["flops"] / standard["flops"] == pytest.approx((3 + 2 * 7) / 3, rel=0.01)
+
+
+def test_expected_times_follow_from_the_data_sheets(standard):
+    each = standard["flops"] / standard["devices"]
+    sent = standard["collectives"]["all-reduce"]["num_bytes"]
+    assert standard["expected_seconds"]["TPU v5e"] == pytest.approx(
+        each / (0.4 * 197e12) + sent / 200e9
+    )
+    config = dataclasses.replace(digits_standard.get_config(), precision="highest")
+    precise = dry_run.plan(config)["expected_seconds"]
+    assert precise["TPU v5e"] == pytest.approx(6 * each / (0.4 * 197e12) + sent / 200e9)
+    assert precise["H100 SXM"] == pytest.approx(each / (0.4 * 67e12) + sent / 450e9)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="config.batch_size=63 must be divisible by"):
+        dry_run.plan(dataclasses.replace(digits_standard.get_config(), batch_size=63))
+
+
+def test_what_does_not_fit_is_said(standard):
+    config = digits_standard.get_config()
+    assert "DOES NOT FIT" not in dry_run.text(config, standard)
+    large = standard | {"memory_bytes": 20e9}
+    lines = [line for line in dry_run.text(config, large).splitlines() if "DOES NOT FIT" in line]
+    assert len(lines) == 1
+    assert "TPU v5e" in lines[0]
+
+
+def test_the_command_needs_no_data_and_writes_nothing(tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "--config", "configs/cifar10_standard.py"]
+    flags = ["--workdir", str(tmp_path / "run"), "--config.data.data_dir", str(tmp_path)]
+    done = subprocess.run(
+        [*command, *flags, "--config.model.width=0.1", "--dry_run"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"a step on {cifar10_standard.get_config().batch_size} images" in done.stdout
+    assert not list(tmp_path.iterdir())
