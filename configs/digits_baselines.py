@@ -4,7 +4,7 @@ Source: each recipe names its paper. Network, steps and optimiser are those of d
 the hyper-parameters of the paper where it has them for any data; the others, named in the recipe,
 were chosen on the 300 validation images, by PGD-20 on the margin.
 Data: scikit-learn's scanned digits (1,097 training, 300 validation, 400 test images).
-Cost: 1 to 12 times the FLOPs of a standard step; 10 s to two minutes of training on 2 CPU cores.
+Cost: 1 to 9 times the FLOPs of a standard step; 10 s to a minute of training on 2 CPU cores.
 Result: printed by `make objectives`; see docs/objectives.md.
 Command: python train.py --config configs/digits_baselines.py:trades --workdir runs/digits_trades
 """
