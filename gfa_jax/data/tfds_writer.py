@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import pathlib
 import tempfile
+import threading
 import types
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from gfa_jax.data import resizing
 from gfa_jax.data.archives import base
 
 _BUFFER_SIZE = 1 << 17
+_SPILL_LOCK = threading.Lock()
 
 
 def resized_name(name: str, size: int | str) -> str:
@@ -129,12 +131,13 @@ def _spill_without_tensorflow() -> Iterator[None]:
         io=types.SimpleNamespace(gfile=files),
         errors=types.SimpleNamespace(ResourceExhaustedError=_NeverRaised),
     )
-    original = shuffle.tf
-    shuffle.tf = stand_in
-    try:
-        yield
-    finally:
-        shuffle.tf = original
+    with _SPILL_LOCK:  # of two threads, one would take the other's stand-in for the original
+        original = shuffle.tf
+        shuffle.tf = stand_in
+        try:
+            yield
+        finally:
+            shuffle.tf = original
 
 
 class _NeverRaised(Exception):  # noqa: N818

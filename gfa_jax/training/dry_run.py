@@ -53,7 +53,8 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     """Compiles the training step and returns what it needs.
 
     Data is described by its metadata alone, and nothing is written. The step is compiled for this
-    process's devices, its batch split over them.
+    process's devices, its batch split over them: memory and collectives are those of this program,
+    which compilers of other devices make differently.
 
     Returns:
       ``parameters`` and ``parameter_bytes``; ``flops`` of a step over the global batch, matrix
@@ -109,7 +110,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     leaves = jax.tree.leaves(template.params)
     expected = {
         name: operations / num_devices / (UTILISATION * device.peak[config.precision])
-        + sum(kind.num_bytes for kind in traffic.values()) / device.link
+        + collectives.sent_bytes(traffic, num_devices) / device.link
         for name, device in DEVICES.items()
     }
     return {

@@ -18,7 +18,7 @@ import pytest
 import scipy.io
 
 from gfa_jax.data import load, prepare
-from gfa_jax.data.archives import imagenet_resized, tiny_imagenet
+from gfa_jax.data.archives import base, imagenet_resized, tiny_imagenet
 
 tfds = pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("array_record")
@@ -499,6 +499,27 @@ def test_imagenet_that_breaks_a_rule(case, imagenet_folder, tmp_path):
             "imagenet2012", tmp_path / "data", archive=imagenet_folder, verify=False, size=8
         )
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("damage", ["header", "boundary"])
+def test_imagenet_that_ends_early_is_damaged(damage, imagenet_folder, tmp_path):
+    """Where tarfile itself sees an end: at a damaged header, and at the end of a file."""
+    path = imagenet_folder / "ILSVRC2012_img_val.tar"
+    with tarfile.open(path) as archive:
+        second = archive.getmembers()[1].offset
+    content = bytearray(path.read_bytes())
+    if damage == "header":
+        content[second] ^= 0xFF
+    else:
+        del content[second:]
+    path.write_bytes(content)
+    refuse("imagenet2012", imagenet_folder, tmp_path, "not a .tar archive, or is damaged", size=8)
+
+
+def test_images_of_other_formats_are_refused():
+    """Pillow would start another program for this one."""
+    with pytest.raises(ValueError, match="x is not an image, or is damaged"):
+        base.decode_rgb(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "x")
 
 
 def test_imagenet_cut_short_or_twice_the_same(imagenet_folder, tmp_path):

@@ -68,6 +68,62 @@ def test_asynchronous_collectives_count_once_and_by_their_results():
     }
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            "%a = (f32[1024]{0}, f32[1024]{0}, u32[], u32[]) collective-permute-start(%x)",
+            {"collective-permute": (1, 4096)},
+        ),
+        (
+            "%a = ((f32[1024], f32[512]), (f32[2048], f32[1024])) all-gather-start(%x, %y)",
+            {"all-gather": (1, 4 * 3072)},
+        ),
+        (
+            "%a = ((f32[1024]{0}), f32[256]{0}) reduce-scatter-start(%x)",
+            {"reduce-scatter": (1, 1024)},
+        ),
+        ("%a = f32[8]{0} all-reduce-start(%x), to_apply=%add", {"all-reduce": (1, 32)}),
+        ("%a = c64[8]{0} all-reduce(%x), to_apply=%add", {"all-reduce": (1, 64)}),
+        ("%a = f32[8] conditional(%i, %x, %y), true_computation=%s, false_computation=%l", None),
+        ("%a = f32[8] conditional(%i, %x, %y), branch_computations={%s, %l}", None),
+        ("%a = f32[8]{0} async-done(%w), calls=%l", {}),
+    ],
+)
+def test_forms_of_collectives(line, expected):
+    text = f"""
+%s (p: f32[8]) -> f32[8] {{
+  ROOT %r = f32[8]{{0}} all-reduce(%p), to_apply=%add
+}}
+
+%l (p: f32[8]) -> f32[8] {{
+  ROOT %r = f32[64]{{0}} all-gather(%p)
+}}
+
+ENTRY %main (p: f32[8]) -> f32[8] {{
+  {line}
+}}
+"""
+    assert collectives.count(text) == ({"all-gather": (1, 256)} if expected is None else expected)
+
+
+def test_unknown_types_are_refused():
+    text = "ENTRY %main (p: f32[8]) -> f32[8] {\n  %a = q7[8]{0} all-gather(%x)\n}\n"
+    with pytest.raises(ValueError, match=r"q7\[8\], an unknown type"):
+        collectives.count(text)
+
+
+def test_what_a_ring_sends():
+    def sent(kind, num_bytes, num_devices):
+        return collectives.sent_bytes({kind: collectives.Traffic(1, num_bytes)}, num_devices)
+
+    assert sent("all-reduce", 800, 1) == 0
+    assert sent("all-reduce", 800, 8) == 1400
+    assert sent("all-gather", 800, 8) == 700
+    assert sent("reduce-scatter", 100, 8) == 700
+    assert sent("collective-permute", 800, 8) == 800
+
+
 def test_unknown_numbers_of_iterations_are_refused():
     with pytest.raises(ValueError, match="no known number of iterations"):
         collectives.count(LOOP)

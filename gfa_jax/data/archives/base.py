@@ -112,9 +112,10 @@ def decode_rgb(encoded: bytes, what: str) -> Any:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        # Pillow would start other programs for some of the formats that it knows.
+        with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as image:
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # Pillow raises SyntaxError for some broken PNG files.
         raise ValueError(f"{what} is not an image, or is damaged: {error}") from error
 
@@ -167,15 +168,23 @@ def iterate_tar(
         stream: IO[bytes] = stack.enter_context(path.open("rb"))
         if gzipped:
             stream = cast(IO[bytes], stack.enter_context(gzip.GzipFile(fileobj=stream)))
-        yield from iterate_tar_stream(stream, prefix)
+        yield from iterate_tar_stream(stream, prefix, check_end=not gzipped)
         if gzipped:
             # gzip compares its checksum, which ends the file, only once that is read.
             while stream.read(1 << 20):
                 pass
 
 
-def iterate_tar_stream(stream: IO[bytes], prefix: str = "") -> Iterator[tuple[str, bytes]]:
+def iterate_tar_stream(
+    stream: IO[bytes], prefix: str = "", *, check_end: bool = True
+) -> Iterator[tuple[str, bytes]]:
     """Yields (name, content) of the regular files of a plain tar stream; see `iterate_tar`.
+
+    Args:
+      stream: of the archive.
+      prefix: as in `iterate_tar`.
+      check_end: whether the mark at the end must be there. tarfile takes a damaged header, or none,
+        for the end. The stream must then be seekable.
 
     Raises:
       tarfile.TarError: for a damaged stream, or whatever the stream raises.
@@ -188,6 +197,10 @@ def iterate_tar_stream(stream: IO[bytes], prefix: str = "") -> Iterator[tuple[st
                 content = archive.extractfile(info)
                 assert content is not None
                 yield name, content.read()
+        if check_end:
+            stream.seek(archive.offset)
+            if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"no header and no end at byte {archive.offset}")
 
 
 @contextlib.contextmanager
