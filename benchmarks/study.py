@@ -1,7 +1,6 @@
 """The benchmark of objectives: what each reaches on digits, and what a step of it costs."""
 
 import dataclasses
-import functools
 import os
 import pathlib
 import statistics
@@ -26,7 +25,7 @@ from gfa_jax import config as config_lib
 from gfa_jax.attacks import compaction
 from gfa_jax.config import TrainConfig
 from gfa_jax.evaluation import loading
-from gfa_jax.training import flops, loop, recipe, state, step
+from gfa_jax.training import flops, loop, recipe, step
 
 RECIPES: Mapping[str, Callable[[], TrainConfig]] = {
     "standard": digits_standard.get_config,
@@ -191,21 +190,11 @@ def _step(config: TrainConfig) -> tuple[Callable[[], float], int]:
     """Returns a measurement of the seconds of a step, and its operations."""
     examples = data.load(config.data.name, "train", num_validation=config.data.num_validation)
     built = recipe.build(config, num_classes=examples.num_classes, image_shape=examples.image_shape)
-    train_step = step.make_train_step(
-        built.module,
-        built.objective_at,
-        built.optimizer,
-        layers=built.train_layers,
-        augment=built.augment,
-        mesh=step.data_mesh(),
-    )
+    train_step = built.train_step(step.data_mesh())
     batch = data.train_batch(examples, config.batch_size, seed=0, step=0)
     batch = {name: jnp.asarray(value) for name, value in batch.items()}
     key = jax.random.key(0)
-    init = functools.partial(
-        state.create, built.module, built.optimizer, image_shape=built.image_shape
-    )
-    current = jax.jit(init)(key)
+    current = jax.jit(built.init)(key)
     operations = flops.count(train_step, current, batch, key)
     compiled = train_step.lower(current, batch, key).compile()
 

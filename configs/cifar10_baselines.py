@@ -8,7 +8,8 @@ on pairs the clean pass gives BatchNorm's running statistics, where the authors 
 further departures are named in the recipe.
 Data: CIFAR-10 through tensorflow-datasets (49,000 training, 1,000 validation, 10,000 test images);
 `python -m gfa_jax.data.prepare cifar10 --data_dir DIR` prepares it.
-Cost: 15 to 200 epochs at 2 to 14 times the FLOPs of a standard step: for a GPU or more.
+Cost: 15 to 200 epochs at 1 to 11 times the FLOPs of a standard step (`train.py --dry_run` counts
+them): for a GPU or more.
 Result: not measured here yet; the papers' figures are in their tables.
 Command: python train.py --config configs/cifar10_baselines.py:trades --workdir runs/cifar10_trades
     --config.data.data_dir=DIR

@@ -73,21 +73,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     )
     mesh = step.data_mesh()
     everywhere, split = step.replicated(mesh), step.split(mesh)
-    train_step = step.make_train_step(
-        built.module,
-        built.objective_at,
-        built.optimizer,
-        layers=built.train_layers,
-        augment=built.augment,
-        mesh=mesh,
-    )
-    shapes = jax.eval_shape(
-        lambda key: state.create(built.module, built.optimizer, key, built.image_shape),
-        jax.random.key(0),
-    )
-    template = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes
-    )
+    train_step, template = built.train_step(mesh), built.template(mesh)
     images = (config.batch_size, *described.image_shape)
     batch = {
         "inputs": jax.ShapeDtypeStruct(images, described.dtype, sharding=split),

@@ -146,29 +146,11 @@ class _Run:
 
     @property
     def template(self) -> state.TrainState:
-        """Shapes, dtypes and shardings of the state."""
-        sharding = step.replicated(self.mesh)
-        shapes = jax.eval_shape(self.init, jax.random.key(0))
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
-        )
-
-    def init(self, key: Array) -> state.TrainState:
-        """Returns the state at step 0; traceable."""
-        built = self.recipe
-        return state.create(built.module, built.optimizer, key, built.image_shape)
+        return self.recipe.template(self.mesh)
 
     def trace_step(self) -> jax.stages.Lowered:
         """Traces the train step without compiling it."""
-        built = self.recipe
-        train_step = step.make_train_step(
-            built.module,
-            built.objective_at,
-            built.optimizer,
-            layers=built.train_layers,
-            augment=built.augment,
-            mesh=self.mesh,
-        )
+        train_step = self.recipe.train_step(self.mesh)
         return train_step.lower(self.template, self.train_batch(0), self.keys[1])
 
     @functools.cached_property
@@ -272,7 +254,7 @@ def _train(
     init_key, train_key = run.keys
     restored = checkpoints.restore_latest(template)
     current, metadata = restored or (
-        jax.jit(run.init, out_shardings=step.replicated(run.mesh))(init_key),
+        jax.jit(built.init, out_shardings=step.replicated(run.mesh))(init_key),
         {"train_seconds": 0.0},
     )
     first_step = int(current.step)

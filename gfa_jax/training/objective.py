@@ -94,7 +94,7 @@ def _terms(
     """Returns the loss and its regularisers at a step.
 
     The cross-entropy rides on the first regulariser that sees the same inputs, whose forward pass
-    has its logits: a pass of its own would cost a third of a plain step.
+    has its logits: passes of its own would cost two thirds of a plain step.
     """
     attacked = config.attack.name != "none"
     threat = ThreatModel(norm=config.threat.norm, epsilon=config.threat.epsilon)

@@ -8,13 +8,14 @@ import re
 from collections.abc import Callable
 
 import flax.linen as nn
+import jax
 import optax
 
 from gfa_jax import models
 from gfa_jax.config import TrainConfig
 from gfa_jax.data import random_crop_flip, to_float
 from gfa_jax.threat import ThreatModel
-from gfa_jax.training import objective, optimizers
+from gfa_jax.training import objective, optimizers, state, step
 from gfa_jax.types import Array
 
 
@@ -54,6 +55,29 @@ class Recipe(Classifier):
     learning_rate: optax.Schedule
     optimizer: optax.GradientTransformation
     augment: Callable[[Array, Array], Array]
+
+    def init(self, key: Array) -> state.TrainState:
+        """Returns the state at step 0; traceable."""
+        return state.create(self.module, self.optimizer, key, self.image_shape)
+
+    def train_step(self, mesh: jax.sharding.Mesh) -> step.TrainStep:
+        """Returns the jitted training step; see ``step.make_train_step``."""
+        return step.make_train_step(
+            self.module,
+            self.objective_at,
+            self.optimizer,
+            layers=self.train_layers,
+            augment=self.augment,
+            mesh=mesh,
+        )
+
+    def template(self, mesh: jax.sharding.Mesh) -> state.TrainState:
+        """Returns shapes, dtypes and shardings of the state, on all devices of the mesh."""
+        sharding = step.replicated(mesh)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            jax.eval_shape(self.init, jax.random.key(0)),
+        )
 
 
 def build_classifier(

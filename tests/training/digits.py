@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gfa_jax import attacks, data
-from gfa_jax.training import recipe, state, step
+from gfa_jax.training import recipe, step
 
 NUM_STEPS = 500
 
@@ -25,16 +25,9 @@ def train(config, num_steps=NUM_STEPS):
     config = dataclasses.replace(config, train_steps=num_steps)
     examples = data.load("digits", "train", num_validation=300)
     built = recipe.build(config, num_classes=10, image_shape=(8, 8, 1))
-    train_step = step.make_train_step(
-        built.module,
-        built.objective_at,
-        built.optimizer,
-        layers=built.train_layers,
-        augment=built.augment,
-        mesh=step.data_mesh(jax.devices()[:1]),
-    )
+    train_step = built.train_step(step.data_mesh(jax.devices()[:1]))
     key = jax.random.key(config.seed)
-    current = state.create(built.module, built.optimizer, key, built.image_shape)
+    current = built.init(key)
     for number in range(num_steps):
         batch = data.train_batch(examples, config.batch_size, seed=config.seed, step=number)
         batch = {name: jnp.asarray(batch[name]) for name in ("inputs", "labels")}

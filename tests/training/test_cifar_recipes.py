@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import cifar10_baselines
-from gfa_jax.training import recipe, state, step
+from gfa_jax.training import recipe, step
 
 pytestmark = pytest.mark.slow
 
@@ -21,20 +21,13 @@ def test_a_step_is_finite_and_moves_weights_and_statistics(key, name):
         config, model=dataclasses.replace(config.model, width=0.05), batch_size=8
     )
     built = recipe.build(config, num_classes=10, image_shape=(32, 32, 3))
-    train_step = step.make_train_step(
-        built.module,
-        built.objective_at,
-        built.optimizer,
-        layers=built.train_layers,
-        augment=built.augment,
-        mesh=step.data_mesh(jax.devices()[:1]),
-    )
+    train_step = built.train_step(step.data_mesh(jax.devices()[:1]))
     rng = np.random.default_rng(0)
     batch = {
         "inputs": jnp.asarray(rng.integers(0, 256, (8, 32, 32, 3), np.uint8)),
         "labels": jnp.arange(8),
     }
-    first = state.create(built.module, built.optimizer, key, built.image_shape)
+    first = built.init(key)
     before = jax.tree.map(np.asarray, first)
     # Late enough for all weights of the objective to be there.
     current = dataclasses.replace(first, step=jnp.asarray(config.train_steps // 2))

@@ -13,14 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import (
-    digits_baselines,
-    digits_fgsm_at,
-    digits_gfa,
-    digits_gfa_at,
-    digits_pgd_at,
-    digits_standard,
-)
+from benchmarks.study import RECIPES
 from gfa_jax import attacks
 from tests.training import digits
 
@@ -76,15 +69,6 @@ def sharpness(built, params):
     )
     return float(loss(moved) - loss(params))
 
-
-RECIPES = {
-    "standard": digits_standard.get_config,
-    "gfa": digits_gfa.get_config,
-    "fgsm_at": digits_fgsm_at.get_config,
-    "pgd_at": digits_pgd_at.get_config,
-    "gfa_at": digits_gfa_at.get_config,
-    **digits_baselines.RECIPES,
-}
 
 STATED = {
     "standard": Stated(0.94, 0.0),
