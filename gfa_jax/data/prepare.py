@@ -139,7 +139,10 @@ def how_to_prepare(name: str, data_dir: str | pathlib.Path) -> str | None:
     stock, _, size = base_name.rpartition("_")
     unsized = name if name in RECIPES else stock + slash + config
     recipe = RECIPES.get(unsized)
-    if recipe is None or (unsized != name and not (recipe.varied_size and size.isdecimal())):
+    if recipe is None:
+        return None
+    is_size = size.isdecimal() and not size.startswith("0")
+    if unsized != name and not (recipe.varied_size and is_size):
         return None
     source = "--archive PATH" if recipe.registration else "(--archive PATH | --download)"
     command = f"python -m gfa_jax.data.prepare {unsized} --data_dir {data_dir} {source}"

@@ -17,7 +17,7 @@ _CHUNK_SIZE = 1 << 22
 
 _NAME = re.compile(
     r"(?:tfds:)?(?P<builder>\w+?)(?:_(?P<size>\d+))?"
-    r"(?:/(?P<config>[^/:]+))?(?::\d+\.\d+\.\d+)?"
+    r"(?:[/:](?P<config>(?!\d+\.\d+\.\d+$)[^/:]+))?(?::\d+\.\d+\.\d+)?"
 )
 
 

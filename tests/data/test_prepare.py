@@ -506,3 +506,9 @@ def test_runs_as_a_module():
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "cifar100" in result.stdout
+
+
+@pytest.mark.parametrize("size", ["0", "064", "x"])
+def test_no_command_is_suggested_for_what_is_no_size(size):
+    assert prepare.how_to_prepare(f"imagenet2012_{size}", "DIR") is None
+    assert "--size 64" in prepare.how_to_prepare("imagenet2012_64", "DIR")

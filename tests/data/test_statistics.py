@@ -114,3 +114,15 @@ def test_real_cifar10():
     mean, std = channel_statistics(dataset)
     np.testing.assert_allclose(mean, TRANSFORMS["cifar10"].mean, atol=3e-3)
     np.testing.assert_allclose(std, TRANSFORMS["cifar10"].std, atol=3e-3)
+
+
+def test_names_are_understood_as_load_does():
+    """A config may follow a slash or a colon, and a version is none."""
+    wanted = statistics.TRANSFORMS["imagenet_resized/32x32"]
+    for name in (
+        "imagenet_resized/32x32",
+        "imagenet_resized:32x32",
+        "imagenet_resized:32x32:0.1.0",
+    ):
+        assert statistics.usual_transform(f"tfds:{name}") == wanted
+    assert statistics.usual_transform("mnist:3.0.1") == statistics.TRANSFORMS["mnist"]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.study import RECIPES
+from benchmarks.objective_study import RECIPES
 from gfa_jax import attacks
 from tests.training import digits
 

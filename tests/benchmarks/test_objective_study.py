@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import study
+from benchmarks import objective_study as study
 from gfa_jax.training import loop
 
 pytestmark = pytest.mark.slow
