@@ -7,13 +7,14 @@ This file is intentionally short: the loop is ``gfa_jax.training.loop``.
 
 import jax
 
-from gfa_jax import cli
+from gfa_jax import cli, distributed
 from gfa_jax.training import dry_run, guards, loop
 
 
 def main() -> None:
     """Parses flags and trains."""
     flags = cli.parse_train()
+    cli.run_or_fail(lambda: distributed.initialize(flags))
     if flags.compile_cache:
         jax.config.update("jax_compilation_cache_dir", flags.compile_cache)
     if flags.dry_run:

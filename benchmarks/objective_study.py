@@ -25,7 +25,7 @@ from gfa_jax import config as config_lib
 from gfa_jax.attacks import compaction
 from gfa_jax.config import TrainConfig
 from gfa_jax.evaluation import loading
-from gfa_jax.training import flops, loop, recipe, step
+from gfa_jax.training import flops, layout, loop, recipe, run_folder
 
 RECIPES: Mapping[str, Callable[[], TrainConfig]] = {
     "standard": digits_standard.get_config,
@@ -95,7 +95,7 @@ def run(flags: Flags) -> None:
         for name, config in configs.items():
             key = f"{name}/seed{seed}"
             seeded = dataclasses.replace(config, seed=seed)
-            loop.claim_workdir(out / key, seeded)  # refuses the run of another recipe
+            run_folder.claim(out / key, seeded)  # refuses the run of another recipe
             if key not in results["accuracies"]:
                 print(f"== {key}", flush=True)
                 loop.train_and_evaluate(seeded, out / key)
@@ -107,7 +107,7 @@ def run(flags: Flags) -> None:
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
-    environment = loop.versions() | {"threads": str(os.cpu_count())}
+    environment = run_folder.versions() | {"threads": str(os.cpu_count())}
     if not path.exists():
         return {"environment": environment, "costs": {}, "accuracies": {}}
     results = files.read_json(path)
@@ -190,7 +190,7 @@ def _step(config: TrainConfig) -> tuple[Callable[[], float], int]:
     """Returns a measurement of the seconds of a step, and its operations."""
     examples = data.load(config.data.name, "train", num_validation=config.data.num_validation)
     built = recipe.build(config, num_classes=examples.num_classes, image_shape=examples.image_shape)
-    train_step = built.train_step(step.data_mesh())
+    train_step = built.train_step(layout.data_mesh())
     batch = data.train_batch(examples, config.batch_size, seed=0, step=0)
     batch = {name: jnp.asarray(value) for name, value in batch.items()}
     key = jax.random.key(0)

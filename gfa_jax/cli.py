@@ -16,6 +16,7 @@ from typing import NoReturn, TypeVar
 import tyro
 
 from gfa_jax import config as config_lib
+from gfa_jax import distributed
 
 Flags = TypeVar("Flags")
 Value = TypeVar("Value")
@@ -76,8 +77,8 @@ def parse(
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainFlags:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainFlags(distributed.Cluster):
     """Flags of ``train.py`` beside ``--config FILE``."""
 
     workdir: str

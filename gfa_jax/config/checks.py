@@ -3,11 +3,14 @@
 from gfa_jax import _validate, alignment, losses, norms, objectives
 from gfa_jax.config.schema import (
     ATTACKS,
+    DTYPES,
     INPUTS,
     LOSSES,
     NOISES,
     OPTIMIZERS,
     PAIRED_LOSSES,
+    PARALLELISMS,
+    PLACEMENTS,
     PRECISIONS,
     SCHEDULES,
     RegularizerConfig,
@@ -27,16 +30,17 @@ def validate(config: TrainConfig, *, num_devices: int = 1) -> None:
         **{
             "config.batch_size": config.batch_size,
             "config.train_steps": config.train_steps,
+            "config.fsdp": config.fsdp,
+            "config.accumulation_steps": config.accumulation_steps,
             "config.attack.num_steps": config.attack.num_steps,
             "config.loop.log_every": config.loop.log_every,
             "config.loop.eval_examples": config.loop.eval_examples,
             "config.loop.eval_batch_size": config.loop.eval_batch_size,
         }
     )
-    if config.batch_size % num_devices:
-        raise ValueError(
-            f"config.batch_size={config.batch_size} must be divisible by the {num_devices} devices."
-        )
+    _validate_parallelism(config, num_devices)
+    _validate.one_of(DTYPES, **{"config.model.dtype": config.model.dtype})
+    _validate.one_of(PLACEMENTS, **{"config.data.placement": config.data.placement})
     _validate.one_of(PRECISIONS, **{"config.precision": config.precision})
     _validate.one_of(MODELS, **{"config.model.name": config.model.name})
     _validate.one_of(INITIALIZERS, **{"config.model.initializer": config.model.initializer})
@@ -96,6 +100,7 @@ def validate(config: TrainConfig, *, num_devices: int = 1) -> None:
     for name, share in {
         "config.optimizer.warmup_fraction": config.optimizer.warmup_fraction,
         "config.optimizer.momentum": config.optimizer.momentum,
+        "config.ema_decay": config.ema_decay,
     }.items():
         if not 0 <= share < 1:
             raise ValueError(f"{name}={share} must lie in [0, 1).")
@@ -113,6 +118,34 @@ def validate(config: TrainConfig, *, num_devices: int = 1) -> None:
     _validate_loss(config)
     for index, regularizer in enumerate(config.regularizers):
         _validate_regularizer(regularizer, f"config.regularizers[{index}]")
+
+
+def _validate_parallelism(config: TrainConfig, num_devices: int) -> None:
+    _validate.one_of(PARALLELISMS, **{"config.parallelism": config.parallelism})
+    parts = num_devices * config.accumulation_steps
+    if config.batch_size % parts:
+        times = (
+            f" times config.accumulation_steps={config.accumulation_steps}"
+            if config.accumulation_steps > 1
+            else ""
+        )
+        raise ValueError(
+            f"config.batch_size={config.batch_size} must be divisible by the {num_devices} devices"
+            f"{times}."
+        )
+    if num_devices % config.fsdp:
+        raise ValueError(
+            f"config.fsdp={config.fsdp} must be a divisor of the {num_devices} devices."
+        )
+    if config.parallelism == "pmap" and config.fsdp > 1:
+        raise ValueError(
+            f"config.fsdp={config.fsdp} needs config.parallelism='jit': pmap keeps state whole."
+        )
+    if config.parallelism == "pmap" and config.loss.weight_perturbation > 0:
+        raise ValueError(
+            f"config.loss.weight_perturbation={config.loss.weight_perturbation} needs "
+            "config.parallelism='jit': pmap would perturb along each device's own gradient."
+        )
 
 
 def _validate_loss(config: TrainConfig) -> None:

@@ -66,9 +66,16 @@ def _section(cls: Any, values: Any, path: str) -> Any:
 
 
 FREE_FIELDS = frozenset(
-    {"config.data.data_dir", "config.loop.log_every", "config.loop.checkpoint_every"}
+    {
+        "config.data.data_dir",
+        "config.data.placement",
+        "config.fsdp",
+        "config.loop.checkpoint_every",
+        "config.loop.log_every",
+        "config.model.remat",
+    }
 )
-"""Fields that may change when a run is resumed: no result depends on them."""
+"""Fields that may change when a run is resumed: no result depends on them beyond rounding."""
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "config") -> list[str]:

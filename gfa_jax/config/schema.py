@@ -13,6 +13,9 @@ SCHEDULES = ("constant", "cosine", "linear", "onecycle", "step")
 Options = dict[str, bool | int | float | str | None]
 """Keyword arguments that ``config.json`` can hold."""
 PRECISIONS = ("default", "high", "highest")
+DTYPES = ("float32", "bfloat16")
+PARALLELISMS = ("jit", "pmap")
+PLACEMENTS = ("auto", "device", "host", "stream")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,10 @@ class DataConfig:
     """Zero padding of the random crop, in pixels; 0 for no crop."""
     flip: bool = False
     """Random horizontal flips."""
+    placement: str = "auto"
+    """Where training examples lie: ``device`` (all of them on every device), ``host`` (in memory),
+    ``stream`` (on disk, decoded when needed; needs the grain extra), or ``auto``: ``device`` where
+    they fit, else ``host``. The batches are the same."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +57,12 @@ class ModelConfig:
     """Mean of the normalisation inside the model: one value, or one for each channel."""
     input_std: tuple[float, ...] = (1.0,)
     """Its standard deviation, in the same way."""
+    dtype: str = "float32"
+    """Of the model's computation in training, ``float32`` or ``bfloat16``. Parameters, statistics,
+    logits, losses and alignment are float32 in either; evaluation computes in float32."""
+    remat: bool = False
+    """Compute each block again in backward passes instead of keeping what is inside: less memory,
+    more time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,12 +233,23 @@ class TrainConfig:
     seed: int = 0
     """Of initialisation, batches, augmentation and attacks."""
     batch_size: int = 64
-    """Global; divisible by the number of devices."""
+    """Global; divisible by the number of devices times accumulation_steps."""
     train_steps: int = 1000
     """Optimiser steps."""
     precision: str = "default"
     """Of float32 products on accelerators (``jax_default_matmul_precision``): ``default``, ``high``
     or ``highest``. No effect on CPU."""
+    parallelism: str = "jit"
+    """``jit`` (one program on global arrays) or ``pmap`` (one on each device's share)."""
+    fsdp: int = 1
+    """Devices over which parameters and the optimiser's state are split, a divisor of their number;
+    1 keeps them whole on every device."""
+    accumulation_steps: int = 1
+    """Parts of a batch whose gradients are averaged, one after another: memory is that of a part.
+    BatchNorm and weight perturbations see the parts."""
+    ema_decay: float = 0.0
+    """Of an exponential moving average of the weights, which is what evaluations use; 0 for
+    none."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     threat: ThreatConfig = ThreatConfig()

@@ -77,41 +77,38 @@ def train_batch(
     Raises:
       ValueError: if an argument is out of range or the batch does not divide evenly.
     """
-    _validate.positive_integer(batch_size=batch_size, process_count=process_count)
-    if not 0 <= process_index < process_count:
-        raise ValueError(
-            f"process_index must lie in [0, process_count) = [0, {process_count}), "
-            f"got {process_index}"
-        )
-    if batch_size % process_count:
-        raise ValueError(
-            f"batch_size must be divisible by process_count = {process_count}, got {batch_size}"
-        )
-    size = batch_size // process_count
+    share = _share(batch_size, process_index, process_count)
     positions = batch_positions(len(dataset), batch_size, seed=seed, step=step)
-    return _gather(dataset, positions[process_index * size : (process_index + 1) * size])
+    return _gather(dataset, positions[share])
 
 
-def eval_batches(dataset: Dataset, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+def eval_batches(
+    dataset: Dataset, batch_size: int, *, process_index: int = 0, process_count: int = 1
+) -> Iterator[dict[str, np.ndarray]]:
     """Iterates over a data set once, in order, in batches of one fixed shape.
+
+    Each process gets its contiguous slice of every batch, as in `train_batch`.
 
     The last batch is filled up with copies of the first example, id included, so that a compiled
     function sees one shape only and ids stay valid; multiply by `mask` before any sum.
 
     Args:
       dataset: the examples.
-      batch_size: examples per batch, at least 1.
+      batch_size: examples per batch, divisible by `process_count`.
+      process_index: which part, in `[0, process_count)`.
+      process_count: number of parts.
 
     Yields:
-      `inputs` `[batch_size, H, W, C]` in the dtype of the data set, `labels` `int32 [batch_size]`,
-      `ids` `int64 [batch_size]` and `mask` `bool [batch_size]`, false where an entry is padding.
+      `inputs` `[B, H, W, C]` in the dtype of the data set, `labels` `int32 [B]`, `ids` `int64 [B]`
+      and `mask` `bool [B]`, false where an entry is padding; `B = batch_size / process_count`.
 
     Raises:
-      ValueError: if `batch_size` is smaller than 1.
+      ValueError: if an argument is out of range or the batch does not divide evenly.
     """
+    share = _share(batch_size, process_index, process_count)
     # Checked here and not in the generator, which would raise only when it is first advanced.
     num_batches = num_eval_batches(len(dataset), batch_size)
-    return (_eval_batch(dataset, batch_size, index) for index in range(num_batches))
+    return (_eval_batch(dataset, batch_size, index, share) for index in range(num_batches))
 
 
 def num_eval_batches(num_examples: int, batch_size: int) -> int:
@@ -162,7 +159,25 @@ def _gather(dataset: Dataset, positions: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def _eval_batch(dataset: Dataset, batch_size: int, index: int) -> dict[str, np.ndarray]:
-    positions = np.arange(index * batch_size, (index + 1) * batch_size)
+def _share(batch_size: int, process_index: int, process_count: int) -> slice:
+    """Returns which entries of a global batch a process has."""
+    _validate.positive_integer(batch_size=batch_size, process_count=process_count)
+    if not 0 <= process_index < process_count:
+        raise ValueError(
+            f"process_index must lie in [0, process_count) = [0, {process_count}), "
+            f"got {process_index}"
+        )
+    if batch_size % process_count:
+        raise ValueError(
+            f"batch_size must be divisible by process_count = {process_count}, got {batch_size}"
+        )
+    size = batch_size // process_count
+    return slice(process_index * size, (process_index + 1) * size)
+
+
+def _eval_batch(
+    dataset: Dataset, batch_size: int, index: int, share: slice
+) -> dict[str, np.ndarray]:
+    positions = np.arange(index * batch_size, (index + 1) * batch_size)[share]
     mask = positions < len(dataset)
     return {**_gather(dataset, np.where(mask, positions, 0)), "mask": mask}

@@ -23,7 +23,7 @@ from gfa_jax.evaluation.outcomes import (
 )
 from gfa_jax.evaluation.subject import Subject, hash_examples
 from gfa_jax.threat import ThreatModel
-from gfa_jax.training import step
+from gfa_jax.training import layout
 from gfa_jax.training.progress import Progress
 from gfa_jax.types import AttackResult
 
@@ -75,7 +75,7 @@ class Evaluation:
         self._threat = threat
         self._kept = kept
         self._batch_size = batch_size
-        self._key = jax.device_put(jax.random.key(seed), step.replicated(subject.mesh))
+        self._key = jax.device_put(jax.random.key(seed), layout.replicated(subject.mesh))
 
     def run(
         self,
@@ -297,7 +297,7 @@ class Evaluation:
             chunk.labels,
             batch_size=self._batch_size,
             active=rest,
-            sharding=step.split(subject.mesh),
+            sharding=layout.split(subject.mesh),
             on_batch=show,
             memory=self._kept.parts(spec, chunk.first, chunk.last),
         )

@@ -17,7 +17,7 @@ from gfa_jax.attacks.estimators import Estimator
 from gfa_jax.evaluation import driver, loading, masking, memory, records, report, subject
 from gfa_jax.evaluation import references as references_lib
 from gfa_jax.threat import ThreatModel
-from gfa_jax.training import loop
+from gfa_jax.training import run_folder
 from gfa_jax.types import Array
 
 MODES = ("standalone", "sequential")
@@ -269,7 +269,7 @@ def _evaluate(
         )
     results |= {
         "name": model.name,
-        "versions": loop.versions(),
+        "versions": run_folder.versions(),
         "mode": settings.mode,
         "weights_hash": model.weights_hash,
         **model.details,

@@ -13,7 +13,7 @@ import numpy as np
 from gfa_jax import config as config_lib
 from gfa_jax import data, files, taps
 from gfa_jax.config import TrainConfig
-from gfa_jax.training import checkpoint, recipe, step
+from gfa_jax.training import checkpoint, layout, recipe
 from gfa_jax.types import Array, Features, ModelState, Params, Taps
 
 
@@ -94,7 +94,7 @@ def load_run(
     built = recipe.build_classifier(
         config, num_classes=test_set.num_classes, image_shape=test_set.image_shape
     )
-    mesh = step.data_mesh()
+    mesh = layout.data_mesh()
 
     def init() -> dict[str, object]:
         variables = dict(
@@ -104,7 +104,7 @@ def load_run(
 
     shapes = jax.eval_shape(init)
     template = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=step.replicated(mesh)),
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.replicated(mesh)),
         shapes,
     )
     metric = "eval/robust_accuracy" if config.loop.eval_attack_steps else "eval/clean_accuracy"

@@ -14,7 +14,7 @@ from gfa_jax.evaluation.outcomes import Outcome
 from gfa_jax.evaluation.references import Reference
 from gfa_jax.evaluation.subject import INPUT, Subject, box_radius
 from gfa_jax.threat import ThreatModel
-from gfa_jax.training import step
+from gfa_jax.training import layout
 from gfa_jax.training.progress import Progress
 from gfa_jax.types import Array
 
@@ -112,7 +112,7 @@ def _probe(
             level=level,
             survived=worst[:size],
             batch_size=batch_size,
-            sharding=step.split(subject.mesh),
+            sharding=layout.split(subject.mesh),
         )
     finally:
         progress.close()

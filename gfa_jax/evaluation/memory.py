@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from gfa_jax import losses
 from gfa_jax.evaluation.subject import Subject
-from gfa_jax.training import step
+from gfa_jax.training import layout
 from gfa_jax.types import Array
 
 
@@ -54,7 +54,7 @@ def estimate(subject: Subject, batch_size: int) -> Estimate:
 
         return jax.grad(loss)(inputs)
 
-    sharding = step.split(subject.mesh)
+    sharding = layout.split(subject.mesh)
     shape = (batch_size, *subject.test_set.image_shape)
     inputs = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
     labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=sharding)

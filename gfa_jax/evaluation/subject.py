@@ -13,7 +13,7 @@ import numpy as np
 from gfa_jax import data, losses, norms
 from gfa_jax.attacks.base import is_misclassified
 from gfa_jax.evaluation import loading
-from gfa_jax.training import step
+from gfa_jax.training import layout
 from gfa_jax.types import Array, Features, PyTree, Taps
 
 INPUT = "input"
@@ -53,7 +53,7 @@ class Subject:
 
     def put(self, batch: Mapping[str, PyTree]) -> dict[str, PyTree]:
         """Returns a batch of arrays, spread over the devices."""
-        return jax.device_put(dict(batch), step.split(self.mesh))
+        return jax.device_put(dict(batch), layout.split(self.mesh))
 
     @functools.cached_property
     def _judging(self) -> Callable[[Any, dict[str, Array]], tuple[Array, Array, Array]]:
@@ -177,12 +177,12 @@ def from_function(
         return apply_logits(variables, feature), {INPUT: feature}
 
     num_classes = shape[1]
-    mesh = step.data_mesh()
+    mesh = layout.data_mesh()
     return Subject(
         name=name,
         apply_logits=apply_logits,
         apply_features=apply_features,
-        variables=jax.device_put(variables, step.replicated(mesh)),
+        variables=jax.device_put(variables, layout.replicated(mesh)),
         test_set=data.Dataset(
             images=inputs,
             labels=labels.astype(np.int32),

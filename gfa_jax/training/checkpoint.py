@@ -1,13 +1,15 @@
 """Checkpoints (the only orbax import).
 
-A checkpoint holds three items: ``model`` (parameters and model state, all that evaluation needs),
-``training`` (step and optimiser state) and ``metadata`` (JSON). The latest and the best ones are
-kept. Saving is atomic: a killed save leaves the previous checkpoint the latest.
+A checkpoint holds three items: ``model`` (parameters and model state that are evaluated, all that
+evaluation needs), ``training`` (step, optimiser state and, where ``model`` is an average of
+weights, the weights) and ``metadata`` (JSON). The latest two and the best ones are kept. Saving
+goes on beside training and is atomic: a killed save leaves the previous checkpoint the latest.
 """
 
 import contextlib
 import math
 import pathlib
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,8 +17,21 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from gfa_jax import distributed
 from gfa_jax.training.state import TrainState
 from gfa_jax.types import ModelState, Params, PyTree
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint cannot be read."""
+
+
+_KEEP_LATEST = 2
+"""The second is for the case that the first gets damaged."""
+
+
+class SaveFailedError(OSError):
+    """A checkpoint could not be written; those before it are intact."""
 
 
 class IncompatibleCheckpointError(ValueError):
@@ -28,12 +43,11 @@ def _readable(directory: object, step: int) -> Iterator[None]:
     """Names the checkpoint in errors of reading it."""
     try:
         yield
-    except IncompatibleCheckpointError:
+    except (IncompatibleCheckpointError, MemoryError, PermissionError):
         raise
     except Exception as error:
-        raise ValueError(
-            f"checkpoint {directory}/{step} cannot be read ({type(error).__name__}: {error}). "
-            "Delete its folder to go on from an older one."
+        raise DamagedCheckpointError(
+            f"checkpoint {directory}/{step} cannot be read ({type(error).__name__}: {error})."
         ) from error
 
 
@@ -51,7 +65,7 @@ class Checkpoints:
         """
         # max_to_keep with best_fn deletes the latest checkpoint when it is not among the best:
         # training would resume in the past.
-        keep: list[Any] = [checkpoint_managers.LatestN(1)]
+        keep: list[Any] = [checkpoint_managers.LatestN(_KEEP_LATEST)]
 
         def score(metrics: Mapping[str, float]) -> float:
             # Checkpoints between two evaluations have no metric and come last.
@@ -78,7 +92,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
                 best_fn=score if metric else None,
-                enable_async_checkpointing=False,
+                enable_async_checkpointing=True,
             ),
         )
 
@@ -93,33 +107,58 @@ class Checkpoints:
         metadata: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Saves a state under its step; returns when it is on disk.
+        """Saves a state under its step; returns once the state may be donated.
 
-        A step that is saved already is left as it is.
+        What is left to write is written beside training: see ``wait``. A step that is saved already
+        is left as it is.
 
         Args:
           state: of the step to save.
           metadata: JSON-ready values that come back from ``restore_latest``.
           metrics: plain floats; without the metric that chooses the best, they are not stored.
+
+        Raises:
+          SaveFailedError: where this save, or the rest of the one before it, fails.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardSave(
-                    {"params": state.params, "model_state": state.model_state}
+        params, model_state = state.evaluated
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    model=ocp.args.StandardSave({"params": params, "model_state": model_state}),
+                    training=ocp.args.StandardSave(_training_item(state)),
+                    metadata=ocp.args.JsonSave(dict(metadata)),
                 ),
-                training=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-                metadata=ocp.args.JsonSave(dict(metadata)),
-            ),
-            metrics=dict(metrics or {}) if self._metric else None,
-        )
-        self._manager.wait_until_finished()
+                metrics=dict(metrics or {}) if self._metric else None,
+            )
+
+    def wait(self) -> None:
+        """Returns when all that was saved is on disk.
+
+        Raises:
+          SaveFailedError: where it cannot be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise SaveFailedError(
+                f"a checkpoint could not be written to {self._manager.directory} "
+                f"({type(error).__name__}: {error}). What was saved before is intact."
+            ) from error
 
     def restore_latest(self, template: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """Returns the latest state and its metadata, or ``None`` without a checkpoint.
+
+        A checkpoint that cannot be read is moved aside, to ``damaged_checkpoints`` beside the
+        folder, with a warning, and the one before it is taken.
 
         Args:
           template: a state of ``jax.ShapeDtypeStruct`` leaves with the shardings to restore to; any
@@ -127,12 +166,28 @@ class Checkpoints:
 
         Raises:
           IncompatibleCheckpointError: where names, shapes or dtypes differ, naming the leaves.
+          DamagedCheckpointError: where none of the checkpoints can be read; they stay.
         """
-        step = self.latest_step
-        if step is None:
-            return None
-        model = {"params": template.params, "model_state": template.model_state}
-        training = {"step": template.step, "opt_state": template.opt_state}
+        self.wait()
+        damaged: dict[int, DamagedCheckpointError] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            found, failure = None, None
+            try:
+                found = self._restore(step, template)
+            except DamagedCheckpointError as error:
+                failure = error
+            if not distributed.any_process(failure is not None):
+                self._set_aside(damaged)
+                return found
+            damaged[step] = failure or DamagedCheckpointError("another process cannot read it.")
+        if damaged:
+            raise next(iter(damaged.values()))
+        return None
+
+    def _restore(self, step: int, template: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        params, model_state = template.evaluated
+        model = {"params": params, "model_state": model_state}
+        training = _training_item(template)
         with _readable(self._manager.directory, step):
             _check_leaves(self._manager, step, "model", model)
             _check_leaves(self._manager, step, "training", training)
@@ -144,13 +199,36 @@ class Checkpoints:
                     metadata=ocp.args.JsonRestore(),
                 ),
             )
+        evaluated = restored["model"]["params"], restored["model"]["model_state"]
+        weights = restored["training"].get("weights")
+        params, model_state = evaluated if weights is None else weights
         state = TrainState(
             step=restored["training"]["step"],
-            params=restored["model"]["params"],
-            model_state=restored["model"]["model_state"],
+            params=params,
+            model_state=model_state,
             opt_state=restored["training"]["opt_state"],
+            ema=None if weights is None else evaluated,
         )
         return state, dict(restored["metadata"])
+
+    def _set_aside(self, damaged: Mapping[int, Exception]) -> None:
+        if not damaged:
+            return
+        directory = pathlib.Path(self._manager.directory)
+        aside = directory.parent / "damaged_checkpoints"
+
+        def move() -> None:
+            aside.mkdir(exist_ok=True)
+            for step, error in damaged.items():
+                number = sum(path.name.split("-")[0] == str(step) for path in aside.iterdir())
+                (directory / str(step)).rename(aside / f"{step}-{number}")
+                warnings.warn(
+                    f"{error} It lies in {aside} now; training goes on from an older one.",
+                    stacklevel=4,
+                )
+
+        distributed.on_primary(move)
+        self._manager.reload()
 
     def restore_model(
         self, template: PyTree, which: str | int = "latest"
@@ -166,6 +244,7 @@ class Checkpoints:
           FileNotFoundError: where there is no such checkpoint, listing those that exist.
           IncompatibleCheckpointError: as ``restore_latest``.
         """
+        self.wait()
         steps = sorted(self._manager.all_steps())
         choices: dict[str | int, int | None] = {
             "latest": self.latest_step,
@@ -196,8 +275,18 @@ class Checkpoints:
         return best if best is not None and self._metric in self._manager.metrics(best) else None
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Waits for what is being written; ``wait`` first to hear of failures."""
+        # Orbax raises here what ``wait`` or ``save`` has raised already.
+        with contextlib.suppress(Exception):
+            self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _training_item(state: TrainState) -> dict[str, Any]:
+    item = {"step": state.step, "opt_state": state.opt_state}
+    if state.ema is not None:
+        item["weights"] = (state.params, state.model_state)
+    return item
 
 
 def _leaves(tree: PyTree) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -11,7 +11,7 @@ import numpy as np
 from gfa_jax import config as config_lib
 from gfa_jax import data
 from gfa_jax.config import TrainConfig
-from gfa_jax.training import collectives, flops, recipe, state, step
+from gfa_jax.training import collectives, flops, layout, recipe, state
 
 UTILISATION = 0.4
 """The share of a device's peak that an expected step time supposes; convolutions of small images
@@ -71,8 +71,8 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     built = recipe.build(
         config, num_classes=described.num_classes, image_shape=described.image_shape
     )
-    mesh = step.data_mesh()
-    everywhere, split = step.replicated(mesh), step.split(mesh)
+    mesh = layout.data_mesh()
+    everywhere, split = layout.replicated(mesh), layout.split(mesh)
     train_step, template = built.train_step(mesh), built.template(mesh)
     images = (config.batch_size, *described.image_shape)
     batch = {

@@ -3,114 +3,32 @@
 Training can be stopped and resumed at any moment.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import functools
-import importlib.metadata
 import pathlib
-import platform
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
-import gfa_jax
-from gfa_jax import _validate, attacks, data, files
+from gfa_jax import _validate, data, distributed
 from gfa_jax import config as config_lib
 from gfa_jax.config import TrainConfig
-from gfa_jax.training import checkpoint, guards, recipe, state, step
-from gfa_jax.training.metrics import MetricsWriter
+from gfa_jax.training import (
+    checkpoint,
+    guards,
+    layout,
+    preemption,
+    recipe,
+    run_folder,
+    state,
+    validation,
+)
+from gfa_jax.training.metrics import MetricsWriter, to_floats
 from gfa_jax.training.metrics import read as read_metrics
 from gfa_jax.training.progress import Progress, format_seconds
 from gfa_jax.types import Array
-
-_EVAL_KEY = 1
-
-Evaluator = Callable[[state.TrainState], dict[str, float]]
-"""``state -> validation metrics``."""
-
-
-class WorkdirMismatchError(ValueError):
-    """The folder belongs to a run of another config."""
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions and devices that a result depends on."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    return {
-        "gfa_jax": gfa_jax.__version__,
-        "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in packages},
-        "devices": (
-            f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})"
-        ),
-    }
-
-
-def claim_workdir(workdir: pathlib.Path, config: TrainConfig) -> None:
-    """Writes ``config.json``, or checks that the folder's own is the same.
-
-    Raises:
-      WorkdirMismatchError: listing the fields that differ. Nothing is written.
-    """
-    path = workdir / "config.json"
-    values = config_lib.to_dict(config)
-    if path.exists():
-        before = config_lib.to_dict(config_lib.read_saved(path))
-        if changed := config_lib.differences(before, values):
-            raise WorkdirMismatchError(
-                f"workdir {str(workdir)!r} holds a run of another config:\n  "
-                + "\n  ".join(changed)
-                + "\nUse another workdir."
-            )
-        return
-    files.write_json(path, {"config": values, "versions": versions()})
-
-
-@contextlib.contextmanager
-def _only_trainer(workdir: pathlib.Path) -> Iterator[None]:
-    """Keeps a second process from training in the same folder; the lock dies with its process."""
-    with (workdir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another process trains in workdir {str(workdir)!r}.") from error
-        yield
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[list[str]]:
-    """Collects SIGTERM and SIGINT instead of dying, so that the loop can save first.
-
-    A SIGINT that follows either of them interrupts at once.
-    """
-    requests: list[str] = []
-
-    def request(number: int, frame: Any) -> None:
-        if requests and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        requests.append(signal.Signals(number).name)
-
-    try:
-        previous = {
-            number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)
-        }
-    except ValueError:  # Not the main thread: signals are somebody else's.
-        yield requests
-        return
-    try:
-        yield requests
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _to_floats(metrics: Mapping[str, Array]) -> dict[str, float]:
-    return {name: float(value) for name, value in jax.device_get(metrics).items()}
 
 
 @dataclasses.dataclass
@@ -125,14 +43,6 @@ class _Run:
     train_set: data.Dataset
     validation_set: data.Dataset | None
 
-    def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
-        """Places this process's share of a batch on its devices."""
-        sharding = step.split(self.mesh)
-        return {
-            name: jax.make_array_from_process_local_data(sharding, value)
-            for name, value in batch.items()
-        }
-
     def train_batch(self, index: int) -> dict[str, Array]:
         batch = data.train_batch(
             self.train_set,
@@ -142,7 +52,7 @@ class _Run:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        return self.put({"inputs": batch["inputs"], "labels": batch["labels"]})
+        return layout.put({"inputs": batch["inputs"], "labels": batch["labels"]}, self.mesh)
 
     @property
     def template(self) -> state.TrainState:
@@ -156,7 +66,7 @@ class _Run:
     @functools.cached_property
     def keys(self) -> tuple[Array, Array]:
         """The keys of initialisation and of training, on every device."""
-        everywhere = step.replicated(self.mesh)
+        everywhere = layout.replicated(self.mesh)
         init_key, train_key = jax.random.split(jax.random.key(self.config.seed))
         return jax.device_put(init_key, everywhere), jax.device_put(train_key, everywhere)
 
@@ -178,9 +88,11 @@ def train_and_evaluate(
 ) -> dict[str, float]:
     """Trains a model; run again after any kind of stop, it goes on from the latest checkpoint.
 
-    On one device, a resumed run gives bit-identical results to an uninterrupted one. Writes
-    ``config.json``, ``metrics.jsonl`` and ``checkpoints/`` under ``workdir``. SIGTERM and Ctrl-C
-    save a checkpoint and return.
+    On the same devices, a resumed run gives bit-identical results to an uninterrupted one; on
+    others, in more or fewer processes, they are equal up to rounding. Writes
+    ``config.json``, ``metrics.jsonl`` and ``checkpoints/`` under ``workdir``, which all processes
+    share. SIGTERM and Ctrl-C, to any process, save a checkpoint at the same step on all, and
+    return.
 
     Args:
       config: the recipe.
@@ -196,32 +108,39 @@ def train_and_evaluate(
     Raises:
       ValueError: for a bad config, data that does not fit, or a folder of another config, before
         anything is compiled or written.
+      checkpoint.SaveFailedError: for a checkpoint that cannot be written, such as on a full disk.
       guards.TrainingFailedError: for a loss that is not finite or a collapse; the last good
         checkpoint stays.
     """
     workdir = pathlib.Path(workdir)
     config_lib.validate(config, num_devices=jax.device_count())
-    if jax.process_count() > 1:
-        raise ValueError(f"training runs in one process so far, not in {jax.process_count()}.")
     if stop_after is not None:
         _validate.positive_integer(stop_after=stop_after)
     train_set, validation_set = _load_data(config)
     built = recipe.build(
         config, num_classes=train_set.num_classes, image_shape=train_set.image_shape
     )
-    run = _Run(config, built, workdir, tensorboard, step.data_mesh(), train_set, validation_set)
+    run = _Run(
+        config,
+        built,
+        workdir,
+        tensorboard,
+        layout.data_mesh(fsdp=config.fsdp),
+        train_set,
+        validation_set,
+    )
     last_step = min(stop_after or config.train_steps, config.train_steps)
     with jax.default_matmul_precision(config.precision):
         # Tracing finds the mistakes that need the model, such as a pattern without a match.
         traced_step = run.trace_step()
         evaluator = _make_evaluator(run)
-        claim_workdir(workdir, config)
+        distributed.on_primary(lambda: run_folder.claim(workdir, config))
         checkpoints = checkpoint.Checkpoints(
             workdir / "checkpoints", metric=run.best_metric, keep_best=config.loop.keep_best
         )
         try:
-            with _only_trainer(workdir), _stop_requests() as requests:
-                return _train(run, traced_step, evaluator, checkpoints, requests, last_step)
+            with run_folder.only_trainer(workdir), preemption.stop_requests() as stop_requested:
+                return _train(run, traced_step, evaluator, checkpoints, stop_requested, last_step)
         finally:
             checkpoints.close()
 
@@ -244,9 +163,9 @@ def _load_data(config: TrainConfig) -> tuple[data.Dataset, data.Dataset | None]:
 def _train(
     run: _Run,
     traced_step: jax.stages.Lowered,
-    evaluator: Evaluator | None,
+    evaluator: validation.Evaluator | None,
     checkpoints: checkpoint.Checkpoints,
-    requests: list[str],
+    stop_requested: preemption.StopRequested,
     last_step: int,
 ) -> dict[str, float]:
     config, built = run.config, run.recipe
@@ -254,7 +173,7 @@ def _train(
     init_key, train_key = run.keys
     restored = checkpoints.restore_latest(template)
     current, metadata = restored or (
-        jax.jit(built.init, out_shardings=step.replicated(run.mesh))(init_key),
+        jax.jit(built.init, out_shardings=built.shardings(run.mesh))(init_key),
         {"train_seconds": 0.0},
     )
     first_step = int(current.step)
@@ -266,11 +185,14 @@ def _train(
         run.workdir / "metrics.jsonl",
         resume_step=first_step,
         tensorboard=run.workdir / "tensorboard" if run.tensorboard else None,
+        silent=not distributed.is_primary(),
     )
-    progress = Progress("train", config.train_steps, first_step)
+    progress = Progress(
+        "train", config.train_steps, first_step, silent=not distributed.is_primary()
+    )
     progress.say(
         f"{config.model.name}: {state.num_params(template.params):,} parameters, "
-        f"{len(run.train_set)} training examples, {versions()['devices']}"
+        f"{len(run.train_set)} training examples, {run_folder.versions()['devices']}"
         + (f"; resumed at step {first_step}" if restored else "")
     )
 
@@ -308,7 +230,7 @@ def _train(
             """
             if pending is None:
                 return {}
-            number, values = pending[0], _to_floats(pending[1])
+            number, values = pending[0], to_floats(pending[1])
             guards.check_finite(number, values)
             guard.check(number, values)
             rate = config.batch_size * (number - first_step) / max(progress.chrono.seconds, 1e-9)
@@ -334,7 +256,8 @@ def _train(
             settle()
             number = index + 1
             pending = number, metrics
-            stop = bool(requests) or number == last_step
+            request = stop_requested(number)
+            stop = bool(request) or number == last_step
             at_eval = number == config.train_steps or _is_due(number, config.loop.eval_every)
             if stop or at_eval or _is_due(number, config.loop.checkpoint_every):
                 # A state is saved only after its own metrics were found finite.
@@ -346,9 +269,11 @@ def _train(
                 finally:
                     # Also where the evaluation fails: it must not cost the training.
                     save(current, result)
-            if requests:
-                progress.say(f"{requests[0]}: saved step {number}; the same command resumes.")
+            if request:
+                checkpoints.wait()
+                progress.say(f"{request}: saved step {number}; the same command resumes.")
                 return result
+        checkpoints.wait()
         progress.say(
             f"done: step {last_step} of {config.train_steps}, "
             f"{format_seconds(seconds_before + progress.chrono.seconds)} of training."
@@ -371,42 +296,10 @@ def _is_due(number: int, every: int) -> bool:
     return every > 0 and number % every == 0
 
 
-def _make_evaluator(run: _Run) -> Evaluator | None:
-    """Returns ``state -> validation metrics``, traced now and compiled at its first use.
-
-    Without a validation split there is none.
-    """
+def _make_evaluator(run: _Run) -> validation.Evaluator | None:
+    """Returns ``state -> validation metrics``; without a validation split there is none."""
     if run.validation_set is None:
         return None
-    validation_set = run.validation_set
-    config, built = run.config, run.recipe
-    attack = None
-    if config.loop.eval_attack_steps:
-        attack = attacks.create("pgd-margin", built.threat, num_steps=config.loop.eval_attack_steps)
-    eval_step = step.make_eval_step(
-        built.module,
-        layers=built.layers,
-        layer_norms=built.layer_norms,
-        attack=attack,
-        to_float=data.to_float,
-        mesh=run.mesh,
+    return validation.make_evaluator(
+        run.config, run.recipe, run.validation_set, run.mesh, run.template
     )
-    key = jax.device_put(
-        jax.random.fold_in(jax.random.key(config.seed), _EVAL_KEY), step.replicated(run.mesh)
-    )
-    # Every device gets the same number of examples; the padding is masked.
-    batch_size = -(-config.loop.eval_batch_size // jax.device_count()) * jax.device_count()
-    first_batch = run.put(next(data.eval_batches(validation_set, batch_size)))
-    template = run.template
-    lowered = eval_step.lower(template.params, template.model_state, first_batch, key)
-    compiled = functools.cache(lowered.compile)
-
-    def evaluate(current: state.TrainState) -> dict[str, float]:
-        totals: dict[str, float] = {}
-        for batch in data.eval_batches(validation_set, batch_size):
-            sums = _to_floats(compiled()(current.params, current.model_state, run.put(batch), key))
-            totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
-        count = totals.pop("num_examples")
-        return {f"eval/{name}": value / count for name, value in totals.items()}
-
-    return evaluate

@@ -3,9 +3,17 @@
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any
+
+import jax
 
 from gfa_jax import files
+from gfa_jax.types import Array
+
+
+def to_floats(metrics: Mapping[str, Array]) -> dict[str, float]:
+    """Fetches scalars from the device."""
+    return {name: float(value) for name, value in jax.device_get(metrics).items()}
 
 
 def read(path: pathlib.Path) -> list[dict[str, float]]:
@@ -42,7 +50,12 @@ class MetricsWriter:
     """
 
     def __init__(
-        self, path: pathlib.Path, *, resume_step: int, tensorboard: pathlib.Path | None = None
+        self,
+        path: pathlib.Path,
+        *,
+        resume_step: int,
+        tensorboard: pathlib.Path | None = None,
+        silent: bool = False,
     ) -> None:
         """Opens the file for appending after the lines up to ``resume_step``.
 
@@ -50,11 +63,15 @@ class MetricsWriter:
           path: of the JSON lines.
           resume_step: the last step that stays.
           tensorboard: folder of TensorBoard events; ``None`` for none.
+          silent: write nothing, as all processes but one must.
 
         Raises:
           ImportError: with a TensorBoard folder and without tensorboardX.
         """
         self._events: Any = None
+        self._file: IO[str] | None = None
+        if silent:
+            return
         if tensorboard is not None:
             self._events = _summary_writer(tensorboard, purge_step=resume_step + 1)
         kept = [row for row in read(path) if row["step"] <= resume_step]
@@ -63,14 +80,16 @@ class MetricsWriter:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one line with the step and the metrics."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self._file is not None:
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self._events is not None:
             for name, value in metrics.items():
                 self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._events is not None:
             self._events.close()
 

@@ -59,6 +59,7 @@ class Progress:
         *,
         console: rich.console.Console | None = None,
         line_every: float = 10.0,
+        silent: bool = False,
     ) -> None:
         """Shows ``label`` and counts from ``done`` to ``total``.
 
@@ -69,13 +70,16 @@ class Progress:
           console: where to print; standard error by default, so that results on standard output
             stay clean.
           line_every: seconds between lines where there is no terminal.
+          silent: show nothing, as all processes but one do.
         """
-        self.console = console or rich.console.Console(file=sys.stderr, highlight=False)
+        self.console = console or rich.console.Console(
+            file=sys.stderr, highlight=False, quiet=silent
+        )
         self._label, self._total, self._first = label, total, done
         self._line_every, self._last_line = line_every, time.monotonic()
         self.chrono = Chrono()
         self._bar: rich.progress.Progress | None = None
-        if self.console.is_terminal:
+        if self.console.is_terminal and not silent:
             columns = (
                 "{task.description}",
                 rich.progress.BarColumn(),

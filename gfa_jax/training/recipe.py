@@ -5,7 +5,8 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,7 +16,7 @@ from gfa_jax import models
 from gfa_jax.config import TrainConfig
 from gfa_jax.data import random_crop_flip, to_float
 from gfa_jax.threat import ThreatModel
-from gfa_jax.training import objective, optimizers, state, step
+from gfa_jax.training import layout, objective, optimizers, state, step
 from gfa_jax.types import Array
 
 
@@ -48,6 +49,7 @@ class Recipe(Classifier):
       learning_rate: schedule.
       optimizer: the chain.
       augment: ``(key, stored images) -> inputs``.
+      step_options: more keyword arguments of ``step.make_train_step``.
     """
 
     train_layers: tuple[str, ...]
@@ -55,10 +57,17 @@ class Recipe(Classifier):
     learning_rate: optax.Schedule
     optimizer: optax.GradientTransformation
     augment: Callable[[Array, Array], Array]
+    step_options: Mapping[str, Any]
 
     def init(self, key: Array) -> state.TrainState:
         """Returns the state at step 0; traceable."""
-        return state.create(self.module, self.optimizer, key, self.image_shape)
+        return state.create(
+            self.module,
+            self.optimizer,
+            key,
+            self.image_shape,
+            with_ema=self.step_options["ema_decay"] > 0,
+        )
 
     def train_step(self, mesh: jax.sharding.Mesh) -> step.TrainStep:
         """Returns the jitted training step; see ``step.make_train_step``."""
@@ -69,14 +78,20 @@ class Recipe(Classifier):
             layers=self.train_layers,
             augment=self.augment,
             mesh=mesh,
+            shardings=self.shardings(mesh),
+            **self.step_options,
         )
+
+    def shardings(self, mesh: jax.sharding.Mesh) -> state.TrainState:
+        """Returns where the arrays of the state lie."""
+        return layout.of_state(mesh, jax.eval_shape(self.init, jax.random.key(0)))
 
     def template(self, mesh: jax.sharding.Mesh) -> state.TrainState:
         """Returns shapes, dtypes and shardings of the state, on all devices of the mesh."""
-        sharding = step.replicated(mesh)
         return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             jax.eval_shape(self.init, jax.random.key(0)),
+            self.shardings(mesh),
         )
 
 
@@ -187,4 +202,9 @@ def build(config: TrainConfig, *, num_classes: int, image_shape: tuple[int, ...]
         learning_rate=learning_rate,
         optimizer=optimizer,
         augment=augment,
+        step_options={
+            "parallelism": config.parallelism,
+            "accumulation_steps": config.accumulation_steps,
+            "ema_decay": config.ema_decay,
+        },
     )

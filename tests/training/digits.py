@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gfa_jax import attacks, data
-from gfa_jax.training import recipe, step
+from gfa_jax.training import layout, recipe
 
 NUM_STEPS = 500
 
@@ -25,7 +25,7 @@ def train(config, num_steps=NUM_STEPS):
     config = dataclasses.replace(config, train_steps=num_steps)
     examples = data.load("digits", "train", num_validation=300)
     built = recipe.build(config, num_classes=10, image_shape=(8, 8, 1))
-    train_step = built.train_step(step.data_mesh(jax.devices()[:1]))
+    train_step = built.train_step(layout.data_mesh(jax.devices()[:1]))
     key = jax.random.key(config.seed)
     current = built.init(key)
     for number in range(num_steps):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import cifar10_baselines
-from gfa_jax.training import recipe, step
+from gfa_jax.training import layout, recipe
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +21,7 @@ def test_a_step_is_finite_and_moves_weights_and_statistics(key, name):
         config, model=dataclasses.replace(config.model, width=0.05), batch_size=8
     )
     built = recipe.build(config, num_classes=10, image_shape=(32, 32, 3))
-    train_step = built.train_step(step.data_mesh(jax.devices()[:1]))
+    train_step = built.train_step(layout.data_mesh(jax.devices()[:1]))
     rng = np.random.default_rng(0)
     batch = {
         "inputs": jnp.asarray(rng.integers(0, 256, (8, 32, 32, 3), np.uint8)),

@@ -4,15 +4,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gfa_jax.training import collectives, step
+from gfa_jax.training import collectives, layout
 
 
 def program(function, *shapes):
-    mesh = step.data_mesh(jax.devices()[:4])
+    mesh = layout.data_mesh(jax.devices()[:4])
     shardings = tuple(
-        step.replicated(mesh) if index == 0 else step.split(mesh) for index in range(len(shapes))
+        layout.replicated(mesh) if index == 0 else layout.split(mesh)
+        for index in range(len(shapes))
     )
-    jitted = jax.jit(function, in_shardings=shardings, out_shardings=step.replicated(mesh))
+    jitted = jax.jit(function, in_shardings=shardings, out_shardings=layout.replicated(mesh))
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     return jitted.lower(*arguments).compile().as_text()
 

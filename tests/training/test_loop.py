@@ -7,13 +7,12 @@ import threading
 import time
 
 import chex
-import jax
 import numpy as np
 import pytest
 
 from configs import smoke
 from gfa_jax import config as config_lib
-from gfa_jax.training import checkpoint, guards, loop, metrics, recipe, state, step
+from gfa_jax.training import checkpoint, guards, layout, loop, metrics, recipe, run_folder
 
 
 def tiny_config(**changes):
@@ -30,13 +29,7 @@ def tiny_config(**changes):
 def final_model(workdir, config):
     """Returns the parameters of the latest checkpoint."""
     built = recipe.build(config, num_classes=10, image_shape=(8, 8, 1))
-    shapes = jax.eval_shape(
-        lambda key: state.create(built.module, built.optimizer, key, (8, 8, 1)), jax.random.key(0)
-    )
-    everywhere = step.replicated(step.data_mesh())
-    template = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes
-    )
+    template = built.template(layout.data_mesh())
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", metric="eval/robust_accuracy")
     restored, _ = checkpoints.restore_latest(template)
     checkpoints.close()
@@ -154,7 +147,10 @@ def test_a_failing_evaluation_does_not_cost_the_training(tmp_path, monkeypatch):
 
 def test_a_second_trainer_in_the_folder_is_refused(uninterrupted):
     workdir, _ = uninterrupted
-    with loop._only_trainer(workdir), pytest.raises(ValueError, match="another process trains"):
+    with (
+        run_folder.only_trainer(workdir),
+        pytest.raises(ValueError, match="another process trains"),
+    ):
         loop.train_and_evaluate(tiny_config(), workdir)
 
 
@@ -162,7 +158,7 @@ def test_a_second_trainer_in_the_folder_is_refused(uninterrupted):
 def test_a_damaged_config_is_named(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config.json' is damaged|config.gfa=3 must hold fields"):
-        loop.claim_workdir(tmp_path, tiny_config())
+        run_folder.claim(tmp_path, tiny_config())
 
 
 def test_a_folder_of_another_config_is_refused_and_left_alone(uninterrupted):
@@ -170,7 +166,8 @@ def test_a_folder_of_another_config_is_refused_and_left_alone(uninterrupted):
     before = (workdir / "config.json").read_bytes()
     other = tiny_config(seed=3, gfa=config_lib.GFAConfig(weight=2.0))
     with pytest.raises(
-        loop.WorkdirMismatchError, match=r"config.gfa.weight: 1.0 there, 2.0 now\n.*config.seed"
+        run_folder.WorkdirMismatchError,
+        match=r"config.gfa.weight: 1.0 there, 2.0 now\n.*config.seed",
     ):
         loop.train_and_evaluate(other, workdir)
     assert (workdir / "config.json").read_bytes() == before
