@@ -214,6 +214,27 @@ def test_unknown_fields_of_a_saved_config_are_named():
     [
         (None, {"batch_size": 0}, "config.batch_size=0 must be an integer >= 1"),
         (None, {"precision": "half"}, "config.precision='half' is not one of"),
+        (None, {"parallelism": "pmapp"}, "config.parallelism='pmapp'.*Did you mean 'pmap'"),
+        (None, {"fsdp": 0}, "config.fsdp=0 must be an integer >= 1"),
+        (None, {"fsdp": 2}, "config.fsdp=2 must be a divisor of the 1 devices"),
+        (None, {"accumulation_steps": 0}, "config.accumulation_steps=0 must be an integer >= 1"),
+        (
+            None,
+            {"accumulation_steps": 3},
+            "batch_size=64 must be divisible by the 1 devices times config.accumulation_steps=3",
+        ),
+        (None, {"ema_decay": 1.0}, r"config.ema_decay=1.0 must lie in \[0, 1\)"),
+        (
+            None,
+            {
+                "parallelism": "pmap",
+                "loss": config_lib.LossConfig(weight_perturbation=0.01),
+                "attack": config_lib.AttackConfig(name="pgd"),
+            },
+            "config.loss.weight_perturbation=0.01 needs config.parallelism='jit'",
+        ),
+        ("model", {"dtype": "float16"}, "config.model.dtype='float16' is not one of"),
+        ("data", {"placement": "disk"}, "config.data.placement='disk' is not one of"),
         ("threat", {"epsilon": -1.0}, "config.threat.epsilon=-1.0"),
         ("threat", {"norm": "l3"}, "config.threat.norm='l3'.*Did you mean 'l2'|'l1'"),
         ("model", {"name": "cnn44"}, "config.model.name='cnn44'.*Did you mean 'cnn4'"),
@@ -294,6 +315,32 @@ def test_values_out_of_range_are_refused(section, changes, message):
 def test_the_batch_must_divide_over_the_devices():
     with pytest.raises(ValueError, match="config.batch_size=10 must be divisible by the 4 devices"):
         config_lib.validate(config_lib.TrainConfig(batch_size=10), num_devices=jax.device_count())
+
+
+def test_pmap_is_for_whole_state_in_one_process():
+    config = config_lib.TrainConfig(parallelism="pmap", fsdp=2)
+    with pytest.raises(ValueError, match="config.fsdp=2 needs config.parallelism='jit'"):
+        config_lib.validate(config, num_devices=4)
+    config = dataclasses.replace(config, fsdp=1)
+    config_lib.validate(config, num_devices=4)
+    with pytest.raises(ValueError, match="config.parallelism='pmap' runs in one process.*2"):
+        config_lib.validate(config, num_devices=4, num_processes=2)
+
+
+def test_how_a_run_is_laid_out_may_change_on_resuming():
+    one = config_lib.TrainConfig()
+    other = dataclasses.replace(
+        one,
+        fsdp=4,
+        data=dataclasses.replace(one.data, placement="stream"),
+        model=dataclasses.replace(one.model, remat=True),
+    )
+    values = [config_lib.to_dict(config) for config in (one, other)]
+    assert config_lib.differences(*values) == []
+    values[1]["model"]["dtype"] = "bfloat16"
+    assert config_lib.differences(*values) == [
+        "config.model.dtype: 'float32' there, 'bfloat16' now"
+    ]
 
 
 def test_schedules_reach_the_objective():

@@ -20,8 +20,13 @@ from gfa_jax.models import MODELS
 from gfa_jax.models.layers import INITIALIZERS
 
 
-def validate(config: TrainConfig, *, num_devices: int = 1) -> None:
+def validate(config: TrainConfig, *, num_devices: int = 1, num_processes: int = 1) -> None:
     """Checks everything that needs neither data nor a model.
+
+    Args:
+      config: the recipe.
+      num_devices: of all processes.
+      num_processes: that train together.
 
     Raises:
       ValueError: naming the field, its value and what would be valid.
@@ -38,7 +43,7 @@ def validate(config: TrainConfig, *, num_devices: int = 1) -> None:
             "config.loop.eval_batch_size": config.loop.eval_batch_size,
         }
     )
-    _validate_parallelism(config, num_devices)
+    _validate_parallelism(config, num_devices, num_processes)
     _validate.one_of(DTYPES, **{"config.model.dtype": config.model.dtype})
     _validate.one_of(PLACEMENTS, **{"config.data.placement": config.data.placement})
     _validate.one_of(PRECISIONS, **{"config.precision": config.precision})
@@ -120,7 +125,7 @@ def validate(config: TrainConfig, *, num_devices: int = 1) -> None:
         _validate_regularizer(regularizer, f"config.regularizers[{index}]")
 
 
-def _validate_parallelism(config: TrainConfig, num_devices: int) -> None:
+def _validate_parallelism(config: TrainConfig, num_devices: int, num_processes: int) -> None:
     _validate.one_of(PARALLELISMS, **{"config.parallelism": config.parallelism})
     parts = num_devices * config.accumulation_steps
     if config.batch_size % parts:
@@ -136,6 +141,11 @@ def _validate_parallelism(config: TrainConfig, num_devices: int) -> None:
     if num_devices % config.fsdp:
         raise ValueError(
             f"config.fsdp={config.fsdp} must be a divisor of the {num_devices} devices."
+        )
+    if config.parallelism == "pmap" and num_processes > 1:
+        raise ValueError(
+            f"config.parallelism='pmap' runs in one process, and there are {num_processes}: use "
+            "'jit'."
         )
     if config.parallelism == "pmap" and config.fsdp > 1:
         raise ValueError(

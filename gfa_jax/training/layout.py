@@ -6,7 +6,7 @@ parallelism): XLA gathers parameters where they are used and scatters their grad
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -62,6 +62,11 @@ def put(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
         name: jax.make_array_from_process_local_data(sharding, value)
         for name, value in batch.items()
     }
+
+
+def everywhere(function: Callable[[], PyTree], mesh: Mesh) -> PyTree:
+    """Computes arrays, such as keys, on every device: they cannot be sent to those of others."""
+    return jax.jit(function, out_shardings=replicated(mesh))()
 
 
 def of_state(mesh: Mesh, shapes: PyTree) -> PyTree:

@@ -66,9 +66,9 @@ class _Run:
     @functools.cached_property
     def keys(self) -> tuple[Array, Array]:
         """The keys of initialisation and of training, on every device."""
-        everywhere = layout.replicated(self.mesh)
-        init_key, train_key = jax.random.split(jax.random.key(self.config.seed))
-        return jax.device_put(init_key, everywhere), jax.device_put(train_key, everywhere)
+        return layout.everywhere(
+            lambda: tuple(jax.random.split(jax.random.key(self.config.seed))), self.mesh
+        )
 
     @property
     def best_metric(self) -> str:
@@ -113,7 +113,7 @@ def train_and_evaluate(
         checkpoint stays.
     """
     workdir = pathlib.Path(workdir)
-    config_lib.validate(config, num_devices=jax.device_count())
+    config_lib.validate(config, num_devices=jax.device_count(), num_processes=jax.process_count())
     if stop_after is not None:
         _validate.positive_integer(stop_after=stop_after)
     train_set, validation_set = _load_data(config)

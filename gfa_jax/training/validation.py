@@ -46,8 +46,8 @@ def make_evaluator(
         mesh=mesh,
         shardings=jax.tree.map(lambda leaf: leaf.sharding, template.evaluated),
     )
-    key = jax.device_put(
-        jax.random.fold_in(jax.random.key(config.seed), _EVAL_KEY), layout.replicated(mesh)
+    key = layout.everywhere(
+        lambda: jax.random.fold_in(jax.random.key(config.seed), _EVAL_KEY), mesh
     )
     # Every device gets the same number of examples; the padding is masked.
     batch_size = -(-config.loop.eval_batch_size // mesh.size) * mesh.size
