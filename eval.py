@@ -5,7 +5,7 @@
 This file is intentionally short: the driver is ``gfa_jax.evaluation.evaluate``.
 """
 
-from gfa_jax import cli
+from gfa_jax import cli, distributed
 from gfa_jax.evaluation import evaluate, report
 
 
@@ -13,8 +13,10 @@ def main() -> None:
     """Parses flags, evaluates and prints the table."""
     description = "Attacks a run of train.py and writes results.json, records and report.html."
     flags = cli.parse(evaluate.EvalFlags, description=description)
+    cli.run_or_fail(lambda: distributed.initialize(flags))
     results = cli.run_or_fail(lambda: evaluate.evaluate(flags))
-    report.print_table([results])
+    if distributed.is_primary():
+        report.print_table([results])
 
 
 if __name__ == "__main__":

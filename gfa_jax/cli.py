@@ -77,7 +77,7 @@ def parse(
         )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class TrainFlags(distributed.Cluster):
     """Flags of ``train.py`` beside ``--config FILE``."""
 

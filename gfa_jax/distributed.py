@@ -144,6 +144,12 @@ def on_primary(action: Callable[[], None]) -> None:
         raise ValueError(told.decode(errors="replace"))
 
 
+def wait_for_all(name: str) -> None:
+    """Returns when every process is here; the name is the same on all."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
 def any_process(flag: bool) -> bool:
     """Returns whether the flag is set on any process; all must call it."""
     if jax.process_count() == 1:

@@ -3,7 +3,6 @@
 from gfa_jax import _validate, alignment, losses, norms, objectives
 from gfa_jax.config.schema import (
     ATTACKS,
-    DTYPES,
     INPUTS,
     LOSSES,
     NOISES,
@@ -18,6 +17,7 @@ from gfa_jax.config.schema import (
 )
 from gfa_jax.models import MODELS
 from gfa_jax.models.layers import INITIALIZERS
+from gfa_jax.models.registry import DTYPES
 
 
 def validate(config: TrainConfig, *, num_devices: int = 1, num_processes: int = 1) -> None:

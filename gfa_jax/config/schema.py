@@ -13,7 +13,6 @@ SCHEDULES = ("constant", "cosine", "linear", "onecycle", "step")
 Options = dict[str, bool | int | float | str | None]
 """Keyword arguments that ``config.json`` can hold."""
 PRECISIONS = ("default", "high", "highest")
-DTYPES = ("float32", "bfloat16")
 PARALLELISMS = ("jit", "pmap")
 PLACEMENTS = ("auto", "device", "host", "stream")
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gfa_jax import attacks, data
+from gfa_jax import attacks, data, distributed
 from gfa_jax.evaluation import intervals, masking, records, references
 from gfa_jax.evaluation.close_up import close_up
 from gfa_jax.evaluation.curves import accuracy_curves
@@ -236,36 +236,37 @@ class Evaluation:
     ) -> tuple[Outcome, np.ndarray]:
         """Attacks the examples in ``rest [N]``, or reads from the records what is there.
 
+        Several processes share the chunks, and read each other's records.
+
         Returns:
           The outcome, and the images ``[N, H, W, C]`` that the attack ends at.
         """
-        progress = Progress(spec, len(rest))
-        parts, images = [], []
+        chunks = list(self._chunks())
+        own = chunks[jax.process_index() :: jax.process_count()]
+        progress = Progress(spec, sum(len(chunk.ids) for chunk in own))
+        resist = np.zeros(0, bool)
         try:
-            for chunk in self._chunks():
+            for chunk in own:
                 record = self._kept.load(spec, chunk.first, chunk.last)
                 if record is None:
-                    record = self._attack_chunk(spec, attack, chunk, rest[chunk.rows], progress)
+                    record = self._attack_chunk(
+                        spec, attack, chunk, rest[chunk.rows], len(resist), progress
+                    )
                     self._kept.save(spec, chunk.first, chunk.last, record)
-                expected = {
-                    "data_hash": np.array(chunk.data_hash),
-                    "attacked": rest[chunk.rows],
-                }
-                for name, value in expected.items():
-                    if not np.array_equal(record[name], value):
-                        raise records.RecordsMismatchError(
-                            f"the record of {spec!r}, examples {chunk.first} to {chunk.last}, "
-                            f"differs in {name}: it belongs to another evaluation. Use another "
-                            "--out folder."
-                        )
-                adv_inputs = chunk.inputs.copy()
-                adv_inputs[record["moved"]] = record["adv_inputs"]
-                parts.append(record)
-                images.append(adv_inputs)
-                resist = np.concatenate([~part["success"] for part in parts])
-                progress.update(chunk.last + 1, f"{resist.mean():.1%} resist")
+                _check_record(record, spec, chunk, rest[chunk.rows])
+                resist = np.concatenate([resist, ~record["success"]])
+                progress.update(len(resist), f"{resist.mean():.1%} resist")
         finally:
             progress.close()
+        distributed.wait_for_all(spec)
+        parts, images = [], []
+        for chunk in chunks:
+            record = self._kept.wait_for(spec, chunk.first, chunk.last)
+            _check_record(record, spec, chunk, rest[chunk.rows])
+            adv_inputs = chunk.inputs.copy()
+            adv_inputs[record["moved"]] = record["adv_inputs"]
+            parts.append(record)
+            images.append(adv_inputs)
         apart = ("data_hash", "moved", "adv_inputs")
         outcome = {
             name: np.concatenate([part[name] for part in parts])
@@ -280,13 +281,14 @@ class Evaluation:
         attack: attacks.Attack | attacks.Ensemble,
         chunk: _Chunk,
         rest: np.ndarray,
+        done_before: int,
         progress: Progress,
     ) -> dict[str, np.ndarray]:
         subject = self._subject
         needs_features = any(part.estimator.needs_features for part in attack.parts().values())
 
         def show(name: str, done: int, todo: int) -> None:
-            progress.update(chunk.first, f"{name} {done}/{todo}".strip())
+            progress.update(done_before, f"{name} {done}/{todo}".strip())
 
         result = attacks.attack_in_batches(
             attack,
@@ -331,3 +333,16 @@ class Evaluation:
         ]
         wrong, predicted = (np.concatenate(fields) for fields in zip(*parts, strict=True))
         return ~wrong, predicted
+
+
+def _check_record(
+    record: Mapping[str, np.ndarray], spec: str, chunk: _Chunk, rest: np.ndarray
+) -> None:
+    """Refuses a record of other examples."""
+    expected = {"data_hash": np.array(chunk.data_hash), "attacked": rest}
+    for name, value in expected.items():
+        if not np.array_equal(record[name], value):
+            raise records.RecordsMismatchError(
+                f"the record of {spec!r}, examples {chunk.first} to {chunk.last}, differs in "
+                f"{name}: it belongs to another evaluation. Use another --out folder."
+            )

@@ -12,10 +12,11 @@ import jax
 import numpy as np
 
 import gfa_jax
-from gfa_jax import _validate, attacks, cli, files, norms
+from gfa_jax import _validate, attacks, cli, distributed, files, norms
 from gfa_jax.attacks.estimators import Estimator
 from gfa_jax.evaluation import driver, loading, masking, memory, records, report, subject
 from gfa_jax.evaluation import references as references_lib
+from gfa_jax.evaluation.outcomes import Outcome
 from gfa_jax.threat import ThreatModel
 from gfa_jax.training import run_folder
 from gfa_jax.types import Array
@@ -25,7 +26,7 @@ DEFAULT_ATTACKS = "fgsm,pgd,apgd-ce,apgd-t,square:num_queries=1000"
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalFlags:
+class EvalFlags(distributed.Cluster):
     """Flags of ``eval.py``."""
 
     workdir: str
@@ -104,7 +105,9 @@ def evaluate(flags: EvalFlags) -> dict[str, Any]:
 
     The files are ``results.json``, ``outcomes.npz`` and ``adversarial.npz`` (what happened to each
     example), ``records/``, ``examples.npz`` and ``report.html``. An evaluation that was stopped
-    goes on with what is missing; one of more examples takes over the chunks that are there.
+    goes on with what is missing; one of more examples takes over the chunks that are there. Several
+    processes share the chunks of every attack; each makes the other measurements, and process 0
+    writes.
 
     Args:
       flags: see ``EvalFlags``.
@@ -242,7 +245,8 @@ def _evaluate(
     batch_size = -(-min(settings.batch_size, len(model.test_set)) // num_devices) * num_devices
     needed = memory.estimate(model, batch_size)
     needed.check(batch_size)
-    print(f"{model.name}: {needed.text}", file=sys.stderr)
+    if distributed.is_primary():
+        print(f"{model.name}: {needed.text}", file=sys.stderr)
     header = {
         "weights_hash": model.weights_hash,
         "config_hash": hashlib.sha256(
@@ -275,9 +279,20 @@ def _evaluate(
         **model.details,
     }
     results["data"] = {**results["data"], "hash": subject.hash_examples(model.test_set)}
+    # All processes know the same now.
+    distributed.on_primary(lambda: _write(out, results, outcomes, adversarial, shown))
+    return results
+
+
+def _write(
+    out: pathlib.Path,
+    results: dict[str, Any],
+    outcomes: Outcome,
+    adversarial: Outcome,
+    shown: Outcome,
+) -> None:
     files.write_json(out / "results.json", results)
     report.save_examples(out / "outcomes.npz", outcomes)
     report.save_examples(out / "adversarial.npz", adversarial)
     report.save_examples(out / "examples.npz", shown)
     report.write_report([(results, shown)], out / "report.html")
-    return results

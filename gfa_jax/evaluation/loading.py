@@ -31,7 +31,7 @@ class LoadedRun:
       step: of the checkpoint.
       training: what it cost: ``steps``, ``examples`` seen and ``seconds`` of training steps.
       weights_hash: SHA-256 of all variables.
-      mesh: over all devices.
+      mesh: over this process's devices.
     """
 
     config: TrainConfig
@@ -94,7 +94,7 @@ def load_run(
     built = recipe.build_classifier(
         config, num_classes=test_set.num_classes, image_shape=test_set.image_shape
     )
-    mesh = layout.data_mesh()
+    everywhere = layout.replicated(layout.data_mesh())
 
     def init() -> dict[str, object]:
         variables = dict(
@@ -104,7 +104,7 @@ def load_run(
 
     shapes = jax.eval_shape(init)
     template = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.replicated(mesh)),
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
         shapes,
     )
     metric = "eval/robust_accuracy" if config.loop.eval_attack_steps else "eval/clean_accuracy"
@@ -116,6 +116,12 @@ def load_run(
         metadata = checkpoints.read_metadata(at_step)
     finally:
         checkpoints.close()
+    mesh = layout.local_mesh()
+    if jax.process_count() > 1:
+        # All processes read it together; each works alone from here on.
+        params, model_state = jax.device_put(
+            jax.tree.map(np.asarray, (params, model_state)), layout.replicated(mesh)
+        )
     return LoadedRun(
         config,
         files.read_json(path)["config"],

@@ -10,6 +10,7 @@ import json
 import pathlib
 import re
 import shutil
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,6 +77,27 @@ class Records:
           ValueError: for a damaged file, naming it.
         """
         return _read(self._path(attack, first, last))
+
+    def wait_for(
+        self, attack: str, first: int, last: int, *, seconds: float = 60.0
+    ) -> dict[str, np.ndarray]:
+        """Returns a record that this or another process has saved.
+
+        A network file system may show it late.
+
+        Raises:
+          FileNotFoundError: where it does not come within so many seconds.
+        """
+        deadline = time.monotonic() + seconds
+        while (record := self.load(attack, first, last)) is None:
+            if time.monotonic() > deadline:
+                path = self._path(attack, first, last)
+                raise FileNotFoundError(
+                    f"the record {str(path)!r} of another process did not come: --out must lie on "
+                    "a file system that all processes share."
+                )
+            time.sleep(0.1)
+        return record
 
     def save(self, attack: str, first: int, last: int, record: Mapping[str, np.ndarray]) -> None:
         """Writes the record of a chunk, atomically; its parts are no longer needed."""

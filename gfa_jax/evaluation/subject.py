@@ -35,7 +35,7 @@ class Subject:
       test_set: the examples to evaluate on.
       layers: taps to report, the input side first.
       layer_norms: the norm of each tap that is not l2.
-      mesh: the devices.
+      mesh: this process's devices.
       weights_hash: SHA-256 of the variables.
       details: JSON-ready facts for the results: where the classifier comes from.
     """
@@ -177,7 +177,7 @@ def from_function(
         return apply_logits(variables, feature), {INPUT: feature}
 
     num_classes = shape[1]
-    mesh = layout.data_mesh()
+    mesh = layout.local_mesh()
     return Subject(
         name=name,
         apply_logits=apply_logits,

@@ -23,6 +23,7 @@ class Block(nn.Module):
       padding: of the convolution, ``SAME`` or ``VALID``.
       initializer: a key of ``layers.INITIALIZERS``.
       dtype: of the computation; parameters stay float32.
+      axis_name: of ``layers.batch_norm``.
     """
 
     features: int
@@ -32,9 +33,10 @@ class Block(nn.Module):
     padding: str = "SAME"
     initializer: str = "he"
     dtype: Any = None
+    axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, inputs: Array, *, train: bool) -> Array:
+    def __call__(self, inputs: Array, train: bool) -> Array:
         """Maps ``[B, H, W, C]`` to ``[B, H', W', features]``; a dense block maps the last axis."""
         kernel_init = layers.INITIALIZERS[self.initializer]
         if self.kernel_size:
@@ -57,12 +59,8 @@ class Block(nn.Module):
                 name="dense",
             )(inputs)
         if self.batch_norm:
-            hidden = nn.BatchNorm(
-                use_running_average=not train,
-                momentum=0.9,
-                epsilon=1e-5,
-                dtype=self.dtype,
-                name="norm",
+            hidden = layers.batch_norm(
+                train=train, dtype=self.dtype, axis_name=self.axis_name, name="norm"
             )(hidden)
         return nn.relu(hidden)
 
@@ -86,8 +84,10 @@ class CNN(nn.Module):
       global_pool: whether global average pooling follows the last stage.
       padding: ``SAME`` or ``VALID``.
       initializer: ``he`` or ``orthogonal``; the head starts smaller.
-      dtype: of the computation, such as ``jnp.bfloat16``; ``None`` for that of the inputs. Logits
-        come back in float32.
+      dtype: of the blocks' computation, such as ``jnp.bfloat16``; ``None`` for that of the inputs.
+        Parameters, statistics, normalised inputs and logits are float32.
+      remat: whether blocks are computed again in backward passes.
+      axis_name: of ``layers.batch_norm``.
     """
 
     num_classes: int
@@ -102,6 +102,8 @@ class CNN(nn.Module):
     padding: str = "SAME"
     initializer: str = "he"
     dtype: Any = None
+    remat: bool = False
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool = False) -> Array:
@@ -123,13 +125,15 @@ class CNN(nn.Module):
             "batch_norm": self.batch_norm,
             "initializer": self.initializer,
             "dtype": self.dtype,
+            "axis_name": self.axis_name,
         }
+        block = layers.rematerialized(Block, self.remat)
         hidden = layers.Normalize(self.input_mean, self.input_std, name="normalize")(inputs)
         index = 0
         for stage, widths in enumerate(self.stages):
             for features in widths:
-                hidden = Block(features, padding=self.padding, name=f"block_{index}", **options)(
-                    hidden, train=train
+                hidden = block(features, padding=self.padding, name=f"block_{index}", **options)(
+                    hidden, train
                 )
                 index += 1
             if self.global_pool and stage == len(self.stages) - 1:
@@ -138,14 +142,13 @@ class CNN(nn.Module):
                 hidden = pool(hidden)
         hidden = hidden.reshape(hidden.shape[0], -1)
         for index, features in enumerate(self.dense):
-            hidden = Block(features, kernel_size=(), name=f"dense_{index}", **options)(
-                hidden, train=train
+            hidden = block(features, kernel_size=(), name=f"dense_{index}", **options)(
+                hidden, train
             )
         head = nn.Dense(
             self.num_classes,
             use_bias=self.use_bias,
             kernel_init=layers.HEAD_INITIALIZER,
-            dtype=self.dtype,
             name="head",
         )
-        return head(hidden).astype("float32" if self.dtype is not None else hidden.dtype)
+        return head(layers.at_least_float32(hidden))

@@ -48,6 +48,43 @@ class Normalize(nn.Module):
         return (inputs - mean) / std
 
 
+def batch_norm(*, train: bool, dtype: Any, axis_name: str | None, name: str) -> nn.BatchNorm:
+    """Returns BatchNorm as the models use it; its statistics are float32.
+
+    Args:
+      train: use the batch's statistics and update the running ones.
+      dtype: of the output; ``None`` for that of the inputs.
+      axis_name: mapped axis (of ``jax.pmap``) whose devices share the batch; ``None`` for none.
+      name: of the submodule.
+    """
+    return nn.BatchNorm(
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=1e-5,
+        dtype=dtype,
+        axis_name=axis_name,
+        name=name,
+    )
+
+
+def rematerialized(block: type[nn.Module], remat: bool) -> type[nn.Module]:
+    """Returns the block, computed again in backward passes where asked for.
+
+    What lies inside a block is then not kept: of the double backward of feature alignment, which
+    keeps the insides of a forward and of a backward pass, the block's output is left.
+
+    Args:
+      block: its ``__call__`` is ``(inputs, train)``.
+      remat: whether to.
+    """
+    return nn.remat(block, static_argnums=(2,)) if remat else block
+
+
+def at_least_float32(values: Array) -> Array:
+    """Returns half precision as float32, and wider dtypes as they are."""
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+
+
 def average_pool(images: Array) -> Array:
     """Averages windows of 2x2 pixels, ``[B, H, W, C]`` to ``[B, H // 2, W // 2, C]``.
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from gfa_jax import _validate
 from gfa_jax.models import layers
@@ -14,14 +15,18 @@ from gfa_jax.models.vit import ViT
 
 ModelFactory = Callable[..., nn.Module]
 
+DTYPES = ("float32", "bfloat16")
+"""Of a model's computation."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
     """One entry of the registry.
 
     Attributes:
-      factory: ``(num_classes, homogeneous, width, initializer, input_mean, input_std) -> module``
-        (all by keyword); the module's ``__call__`` is ``(inputs, train) -> logits``.
+      factory: ``(num_classes, homogeneous, width, initializer, input_mean, input_std, dtype, remat,
+        axis_name) -> module`` (all by keyword); the module's ``__call__`` is ``(inputs, train) ->
+        logits``.
       input_layer: the tap of the network's normalised input.
       hidden_layers: the pattern of the taps that are aligned by default.
       min_size: the smallest image height and width that the model takes.
@@ -80,9 +85,15 @@ def _wide_resnet(depth: int, factor: int) -> ModelFactory:
 
 def _vit(num_heads: int) -> ModelFactory:
     def factory(
-        *, homogeneous: bool, width: float, initializer: str, **options: object
+        *,
+        homogeneous: bool,
+        width: float,
+        initializer: str,
+        axis_name: str | None,
+        **options: object,
     ) -> nn.Module:
-        del homogeneous  # always false: there is no other form
+        # There is no homogeneous form, and no BatchNorm either.
+        del homogeneous, axis_name
         if initializer != "he":
             raise ValueError(
                 f"initializer={initializer!r} is for networks of ReLUs; a ViT has an "
@@ -177,6 +188,9 @@ def create(
     initializer: str = "he",
     input_mean: Sequence[float] = (0.0,),
     input_std: Sequence[float] = (1.0,),
+    dtype: str = "float32",
+    remat: bool = False,
+    axis_name: str | None = None,
 ) -> nn.Module:
     """Returns a model by name.
 
@@ -190,12 +204,17 @@ def create(
       initializer: ``he`` or ``orthogonal``; ViTs, which have their own, take the default only.
       input_mean: subtracted from images inside the model, one value or one for each channel.
       input_std: divides them; > 0.
+      dtype: of the computation, one of ``DTYPES``. Parameters, statistics, normalised inputs and
+        logits are float32 in either, other features of this dtype.
+      remat: whether blocks are computed again in backward passes, which takes less memory.
+      axis_name: of ``jax.pmap``: BatchNorm in training mode sees the batch of all its devices.
 
     Raises:
       ValueError: for an unknown name, a value out of range, or an option that the model lacks.
     """
     _validate.one_of(MODELS, model=name)
     _validate.one_of(layers.INITIALIZERS, initializer=initializer)
+    _validate.one_of(DTYPES, dtype=dtype)
     _validate.positive(width=width, **{f"input_std[{i}]": std for i, std in enumerate(input_std)})
     if num_classes < 2:
         raise ValueError(f"num_classes={num_classes} must be at least 2.")
@@ -211,4 +230,8 @@ def create(
         initializer=initializer,
         input_mean=tuple(input_mean),
         input_std=tuple(input_std),
+        # ``None`` keeps the inputs' own, which may be wider.
+        dtype=None if dtype == "float32" else jnp.dtype(dtype),
+        remat=remat,
+        axis_name=axis_name,
     )

@@ -5,6 +5,7 @@ PreAct ResNet-18 (He et al., arXiv 1603.05027) and WideResNets (Zagoruyko and Ko
 blocks that halve the image from the second stage on, BatchNorm, ReLU, and the mean over the image.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,22 +39,20 @@ class Activation(nn.Module):
     Attributes:
       batch_norm: whether BatchNorm comes first.
       dtype: of the computation.
+      axis_name: of ``layers.batch_norm``.
     """
 
     batch_norm: bool
     dtype: Any = None
+    axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, inputs: Array, *, train: bool) -> Array:
+    def __call__(self, inputs: Array, train: bool) -> Array:
         """Maps ``[B, H, W, C]`` to the same shape, >= 0."""
         hidden = inputs
         if self.batch_norm:
-            hidden = nn.BatchNorm(
-                use_running_average=not train,
-                momentum=0.9,
-                epsilon=1e-5,
-                dtype=self.dtype,
-                name="norm",
+            hidden = layers.batch_norm(
+                train=train, dtype=self.dtype, axis_name=self.axis_name, name="norm"
             )(hidden)
         return nn.relu(hidden)
 
@@ -71,6 +70,7 @@ class Block(nn.Module):
       branch_scale: factor on the convolutions' output before it is added.
       initializer: a key of ``layers.INITIALIZERS``.
       dtype: of the computation; parameters stay float32.
+      axis_name: of ``layers.batch_norm``.
     """
 
     features: int
@@ -79,12 +79,14 @@ class Block(nn.Module):
     branch_scale: float = 1.0
     initializer: str = "he"
     dtype: Any = None
+    axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, inputs: Array, *, train: bool) -> Array:
+    def __call__(self, inputs: Array, train: bool) -> Array:
         """Maps ``[B, H, W, C]`` to ``[B, H', W', features]`` with ``H' = ceil(H / strides)``."""
         options: dict[str, Any] = {"initializer": self.initializer, "dtype": self.dtype}
-        hidden = Activation(self.batch_norm, self.dtype, name="activation_0")(inputs, train=train)
+        activation = functools.partial(Activation, self.batch_norm, self.dtype, self.axis_name)
+        hidden = activation(name="activation_0")(inputs, train)
         shortcut = inputs
         if self.strides != 1 or inputs.shape[-1] != self.features:
             # Of what the branch sees, as in both papers' code, and not of the raw input.
@@ -94,7 +96,7 @@ class Block(nn.Module):
         hidden = _convolution(self.features, 3, strides=self.strides, name="conv_0", **options)(
             hidden
         )
-        hidden = Activation(self.batch_norm, self.dtype, name="activation_1")(hidden, train=train)
+        hidden = activation(name="activation_1")(hidden, train)
         hidden = _convolution(self.features, 3, strides=1, name="conv_1", **options)(hidden)
         return shortcut + self.branch_scale * hidden
 
@@ -125,8 +127,10 @@ class ResNet(nn.Module):
       input_std: of ``layers.Normalize``.
       homogeneous: whether it is the homogeneous form.
       initializer: ``he`` or ``orthogonal``; the head starts smaller.
-      dtype: of the computation, such as ``jnp.bfloat16``; ``None`` for that of the inputs. Logits
-        come back in float32.
+      dtype: of the computation up to the mean over the image, such as ``jnp.bfloat16``; ``None``
+        for that of the inputs. Parameters, statistics, normalised inputs and logits are float32.
+      remat: whether blocks are computed again in backward passes.
+      axis_name: of ``layers.batch_norm``.
     """
 
     num_classes: int
@@ -137,6 +141,8 @@ class ResNet(nn.Module):
     homogeneous: bool = False
     initializer: str = "he"
     dtype: Any = None
+    remat: bool = False
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool = False) -> Array:
@@ -157,6 +163,7 @@ class ResNet(nn.Module):
             raise ValueError(f"stages={self.stages} must have at least one block in every stage.")
         options: dict[str, Any] = {"initializer": self.initializer, "dtype": self.dtype}
         batch_norm = not self.homogeneous
+        block = layers.rematerialized(Block, self.remat)
         num_blocks = sum(len(stage) for stage in self.stages)
         branch_scale = num_blocks**-0.5 if self.homogeneous else 1.0
 
@@ -165,22 +172,24 @@ class ResNet(nn.Module):
         index = 0
         for stage, widths in enumerate(self.stages):
             for position, features in enumerate(widths):
-                hidden = Block(
+                hidden = block(
                     features,
                     strides=2 if stage > 0 and position == 0 else 1,
                     batch_norm=batch_norm,
                     branch_scale=branch_scale,
+                    axis_name=self.axis_name,
                     name=f"block_{index}",
                     **options,
-                )(hidden, train=train)
+                )(hidden, train)
                 index += 1
-        hidden = Activation(batch_norm, self.dtype, name="activation")(hidden, train=train)
+        hidden = Activation(batch_norm, self.dtype, self.axis_name, name="activation")(
+            hidden, train
+        )
         hidden = hidden.mean(axis=(1, 2))
         head = nn.Dense(
             self.num_classes,
             use_bias=not self.homogeneous,
             kernel_init=layers.HEAD_INITIALIZER,
-            dtype=self.dtype,
             name="head",
         )
-        return head(hidden).astype("float32" if self.dtype is not None else hidden.dtype)
+        return head(layers.at_least_float32(hidden))

@@ -59,12 +59,17 @@ class Block(nn.Module):
     dtype: Any = None
 
     @nn.compact
-    def __call__(self, inputs: Array) -> Array:
-        """Maps tokens ``[B, N, D]`` to the same shape."""
+    def __call__(self, inputs: Array, train: bool) -> Array:
+        """Maps tokens ``[B, N, D]`` to the same shape; ``train`` makes no difference."""
+        del train
         options: dict[str, Any] = {"kernel_init": _KERNEL_INITIALIZER, "dtype": self.dtype}
         attended = nn.LayerNorm(dtype=self.dtype, name="norm_0")(inputs)
         attended = nn.MultiHeadDotProductAttention(
-            self.num_heads, deterministic=True, name="attention", **options
+            self.num_heads,
+            deterministic=True,
+            force_fp32_for_softmax=True,
+            name="attention",
+            **options,
         )(attended)
         tokens = inputs + attended
         mixed = nn.LayerNorm(dtype=self.dtype, name="norm_1")(tokens)
@@ -91,8 +96,9 @@ class ViT(nn.Module):
       pooling: the ``mean`` of the tokens, or a class ``token`` of its own.
       input_mean: of ``layers.Normalize``.
       input_std: of ``layers.Normalize``.
-      dtype: of the computation, such as ``jnp.bfloat16``; ``None`` for that of the inputs. Logits
-        come back in float32.
+      dtype: of the computation up to the pooling, such as ``jnp.bfloat16``; ``None`` for that of
+        the inputs. Parameters, statistics, softmax, normalised inputs and logits are float32.
+      remat: whether blocks are computed again in backward passes.
     """
 
     num_classes: int
@@ -106,6 +112,7 @@ class ViT(nn.Module):
     input_mean: Sequence[float] = (0.0,)
     input_std: Sequence[float] = (1.0,)
     dtype: Any = None
+    remat: bool = False
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool = False) -> Array:
@@ -122,7 +129,6 @@ class ViT(nn.Module):
           ValueError: for an unknown option, heads that do not divide the features, or images that
             are not whole patches.
         """
-        del train
         _validate.one_of(POSITIONS, positions=self.positions)
         _validate.one_of(POOLINGS, pooling=self.pooling)
         _validate.positive_integer(depth=self.depth, num_heads=self.num_heads)
@@ -148,14 +154,15 @@ class ViT(nn.Module):
             token = self.param("token", nn.initializers.zeros, (1, 1, self.features))
             token = jnp.broadcast_to(token.astype(tokens.dtype), (size, 1, self.features))
             tokens = jnp.concatenate([token, tokens], axis=1)
+        block = layers.rematerialized(Block, self.remat)
         for index in range(self.depth):
-            tokens = Block(self.num_heads, self.hidden, self.dtype, name=f"block_{index}")(tokens)
+            tokens = block(self.num_heads, self.hidden, self.dtype, name=f"block_{index}")(
+                tokens, train
+            )
         tokens = nn.LayerNorm(dtype=self.dtype, name="norm")(tokens)
         pooled = tokens[:, 0] if self.pooling == "token" else tokens.mean(axis=1)
-        head = nn.Dense(
-            self.num_classes, kernel_init=layers.HEAD_INITIALIZER, dtype=self.dtype, name="head"
-        )
-        return head(pooled).astype("float32" if self.dtype is not None else pooled.dtype)
+        head = nn.Dense(self.num_classes, kernel_init=layers.HEAD_INITIALIZER, name="head")
+        return head(layers.at_least_float32(pooled))
 
     def _positions(self, rows: int, columns: int) -> Array:
         """Returns the embeddings of the patches' places, ``[1, N, D]``."""

@@ -45,6 +45,11 @@ def data_mesh(devices: Sequence[Any] | None = None, *, fsdp: int = 1) -> Mesh:
     )
 
 
+def local_mesh() -> Mesh:
+    """Returns the mesh over this process's own devices, for work that needs no other's."""
+    return data_mesh(jax.local_devices())
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of keys, metrics and whole state."""
     return NamedSharding(mesh, PartitionSpec())

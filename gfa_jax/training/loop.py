@@ -187,9 +187,7 @@ def _train(
         tensorboard=run.workdir / "tensorboard" if run.tensorboard else None,
         silent=not distributed.is_primary(),
     )
-    progress = Progress(
-        "train", config.train_steps, first_step, silent=not distributed.is_primary()
-    )
+    progress = Progress("train", config.train_steps, first_step)
     progress.say(
         f"{config.model.name}: {state.num_params(template.params):,} parameters, "
         f"{len(run.train_set)} training examples, {run_folder.versions()['devices']}"

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 import rich.console
 import rich.progress
 
+from gfa_jax import distributed
+
 
 class Chrono:
     """A stopwatch of useful work.
@@ -49,7 +51,7 @@ def format_seconds(seconds: float) -> str:
 
 
 class Progress:
-    """A live bar on a terminal; elsewhere a line every few seconds."""
+    """A live bar on a terminal; elsewhere a line every few seconds. Process 0 alone shows it."""
 
     def __init__(
         self,
@@ -59,7 +61,6 @@ class Progress:
         *,
         console: rich.console.Console | None = None,
         line_every: float = 10.0,
-        silent: bool = False,
     ) -> None:
         """Shows ``label`` and counts from ``done`` to ``total``.
 
@@ -70,8 +71,8 @@ class Progress:
           console: where to print; standard error by default, so that results on standard output
             stay clean.
           line_every: seconds between lines where there is no terminal.
-          silent: show nothing, as all processes but one do.
         """
+        silent = not distributed.is_primary()
         self.console = console or rich.console.Console(
             file=sys.stderr, highlight=False, quiet=silent
         )

@@ -96,9 +96,20 @@ class Recipe(Classifier):
 
 
 def build_classifier(
-    config: TrainConfig, *, num_classes: int, image_shape: tuple[int, ...]
+    config: TrainConfig,
+    *,
+    num_classes: int,
+    image_shape: tuple[int, ...],
+    for_training: bool = False,
 ) -> Classifier:
     """Builds the classifier; nothing that only training needs is looked at.
+
+    Args:
+      config: the recipe.
+      num_classes: of the data.
+      image_shape: ``(H, W, C)``.
+      for_training: whether it computes as ``config.model.dtype`` and ``remat`` say. Otherwise it is
+        in float32, whatever it was trained in: attacks follow gradients that bfloat16 blurs.
 
     Raises:
       ValueError: where model and images do not fit, or for a pattern of layers that is no regular
@@ -127,6 +138,7 @@ def build_classifier(
         initializer=config.model.initializer,
         input_mean=config.model.input_mean,
         input_std=config.model.input_std,
+        **(_training_options(config) if for_training else {}),
     )
     hidden = config.gfa.hidden_layers or spec.hidden_layers
     try:
@@ -145,6 +157,15 @@ def build_classifier(
     )
 
 
+def _training_options(config: TrainConfig) -> dict[str, Any]:
+    """Returns how the model computes in training: memory, speed and devices, not its function."""
+    return {
+        "dtype": config.model.dtype,
+        "remat": config.model.remat,
+        "axis_name": layout.DATA_AXIS if config.parallelism == "pmap" else None,
+    }
+
+
 def build(config: TrainConfig, *, num_classes: int, image_shape: tuple[int, ...]) -> Recipe:
     """Builds the recipe.
 
@@ -152,7 +173,9 @@ def build(config: TrainConfig, *, num_classes: int, image_shape: tuple[int, ...]
       ValueError: where model and images do not fit, or for options that a part of the objective
         refuses, naming the fields.
     """
-    classifier = build_classifier(config, num_classes=num_classes, image_shape=image_shape)
+    classifier = build_classifier(
+        config, num_classes=num_classes, image_shape=image_shape, for_training=True
+    )
     input_layer, hidden = classifier.layers
     learning_rate = optimizers.schedule(
         config.optimizer.schedule,

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 
+import chex
+import numpy as np
 import pytest
 
 from gfa_jax.training import metrics
@@ -109,7 +111,7 @@ def alone(tmp_path_factory):
 
 
 def test_two_processes_stop_together_and_one_goes_on(alone, tmp_path):
-    """A signal to one of them saves the same step on both; then fewer devices resume."""
+    """A signal to one of them saves the same step on both; fewer devices resume; both evaluate."""
     processes = start(tmp_path, *RECIPE, num_processes=2, num_devices=2)
     deadline = time.monotonic() + 200
     while (10, True) not in rows_of(tmp_path) and time.monotonic() < deadline:
@@ -132,6 +134,28 @@ def test_two_processes_stop_together_and_one_goes_on(alone, tmp_path):
     rows = rows_of(tmp_path)
     assert [step for step, validated in sorted(rows) if not validated] == [*range(1, last + 11)]
     assert_same_losses(alone, rows, range(last, min(last + 10, 60) + 1))
+
+    flags = ["--attacks=pgd:num_steps=2", "--num_examples=60", "--batch_size=8"]
+    outcomes = {}
+    for num_processes in (1, 2):
+        out = tmp_path / f"eval_{num_processes}"
+        codes, said = finish(
+            start(
+                tmp_path,
+                *flags,
+                f"--out={out}",
+                "--diagnostics=off",
+                script="eval.py",
+                num_processes=num_processes,
+                num_devices=2,
+            )
+        )
+        assert set(codes) == {0}, said
+        assert ["worst case" in text for text in said] == [True, False][:num_processes]
+        with np.load(out / "outcomes.npz") as stored:
+            outcomes[num_processes] = dict(stored)
+        assert len([*(out / "records").glob("pgd*/*.npz")]) == 2
+    chex.assert_trees_all_equal(outcomes[1], outcomes[2])
 
 
 @pytest.mark.slow
