@@ -9,12 +9,12 @@ from gfa_jax.config.schema import (
     OPTIMIZERS,
     PAIRED_LOSSES,
     PARALLELISMS,
-    PLACEMENTS,
     PRECISIONS,
     SCHEDULES,
     RegularizerConfig,
     TrainConfig,
 )
+from gfa_jax.data import PLACEMENTS
 from gfa_jax.models import MODELS
 from gfa_jax.models.layers import INITIALIZERS
 from gfa_jax.models.registry import DTYPES

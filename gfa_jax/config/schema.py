@@ -14,7 +14,6 @@ Options = dict[str, bool | int | float | str | None]
 """Keyword arguments that ``config.json`` can hold."""
 PRECISIONS = ("default", "high", "highest")
 PARALLELISMS = ("jit", "pmap")
-PLACEMENTS = ("auto", "device", "host", "stream")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,13 +8,26 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gfa_jax import _validate
-from gfa_jax.data.sources import Dataset, seeded_permutation
+from gfa_jax.data.sources import seeded_permutation
+
+
+class Examples(Protocol):
+    """What batches are made of: a `Dataset`, or a `LazyDataset`."""
+
+    def __len__(self) -> int:
+        """Returns the number of examples."""
+        ...
+
+    def read(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns images, labels and ids at positions."""
+        ...
 
 
 def batch_positions(num_examples: int, batch_size: int, *, seed: int, step: int) -> np.ndarray:
@@ -49,7 +62,7 @@ def batch_positions(num_examples: int, batch_size: int, *, seed: int, step: int)
 
 
 def train_batch(
-    dataset: Dataset,
+    dataset: Examples,
     batch_size: int,
     *,
     seed: int,
@@ -83,7 +96,7 @@ def train_batch(
 
 
 def eval_batches(
-    dataset: Dataset, batch_size: int, *, process_index: int = 0, process_count: int = 1
+    dataset: Examples, batch_size: int, *, process_index: int = 0, process_count: int = 1
 ) -> Iterator[dict[str, np.ndarray]]:
     """Iterates over a data set once, in order, in batches of one fixed shape.
 
@@ -151,12 +164,9 @@ def _epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-def _gather(dataset: Dataset, positions: np.ndarray) -> dict[str, np.ndarray]:
-    return {
-        "inputs": dataset.images[positions],
-        "labels": dataset.labels[positions],
-        "ids": dataset.ids[positions],
-    }
+def _gather(dataset: Examples, positions: np.ndarray) -> dict[str, np.ndarray]:
+    images, labels, ids = dataset.read(positions)
+    return {"inputs": images, "labels": labels, "ids": ids}
 
 
 def _share(batch_size: int, process_index: int, process_count: int) -> slice:
@@ -176,7 +186,7 @@ def _share(batch_size: int, process_index: int, process_count: int) -> slice:
 
 
 def _eval_batch(
-    dataset: Dataset, batch_size: int, index: int, share: slice
+    dataset: Examples, batch_size: int, index: int, share: slice
 ) -> dict[str, np.ndarray]:
     positions = np.arange(index * batch_size, (index + 1) * batch_size)[share]
     mask = positions < len(dataset)

@@ -103,6 +103,10 @@ class Dataset:
         height, width, channels = self.images.shape[1:]
         return height, width, channels
 
+    def read(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns images, labels and ids of the examples at these positions of the split."""
+        return self.images[positions], self.labels[positions], self.ids[positions]
+
     def take(self, num: int) -> Dataset:
         """Returns the first `num` examples, or all of them where there are fewer.
 
@@ -118,6 +122,53 @@ class Dataset:
         return dataclasses.replace(
             self, images=self.images[:num], labels=self.labels[:num], ids=self.ids[:num]
         )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LazyDataset:
+    """One split whose examples stay in their files until they are read.
+
+    Attributes:
+      source: of the examples.
+      pool: the source's split.
+      positions: `int64 [N]`, the examples' positions in it.
+      image_shape: shape `(H, W, C)` of every image.
+    """
+
+    source: Source
+    pool: str
+    positions: np.ndarray
+    image_shape: tuple[int, int, int]
+
+    def __len__(self) -> int:
+        """Returns the number of examples."""
+        return len(self.positions)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.source.label_names)
+
+    def read(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns images, labels and ids of the examples at these positions of the split.
+
+        Nothing else is decoded.
+
+        Args:
+          positions: integers in `[0, N)`.
+
+        Returns:
+          As the fields of `Dataset`.
+
+        Raises:
+          ValueError: for images of another shape than the first one's.
+        """
+        images, labels, ids = self.source.read(self.pool, self.positions[positions])
+        if images.shape[1:] != self.image_shape:
+            raise ValueError(
+                f"images must have one shape, got {self.image_shape} and {images.shape[1:]}"
+            )
+        return np.ascontiguousarray(images), labels.astype(np.int32), ids.astype(np.int64)
 
 
 def load(
@@ -170,6 +221,51 @@ def load(
       FileNotFoundError: if the file, or a prepared tfds folder, is not there.
       ImportError: if an optional package that the source needs is not installed.
     """
+    source, pool, positions = _select(name, split, data_dir, num_validation, max_examples)
+    images, labels, ids = source.read(pool, positions)
+    return Dataset(
+        images=np.ascontiguousarray(images),
+        labels=labels.astype(np.int32),
+        ids=ids.astype(np.int64),
+        num_classes=len(source.label_names),
+        label_names=source.label_names,
+    )
+
+
+def open_lazily(
+    name: str,
+    split: str,
+    *,
+    data_dir: str | None = None,
+    num_validation: int = 0,
+    max_examples: int | None = None,
+) -> LazyDataset:
+    """Opens one split without reading it: the examples of `load`, in the same order.
+
+    Of `tfds:` sets, one image is decoded now, and others when they are read; other sources are held
+    in memory all the same.
+
+    Args:
+      name: as in `load`.
+      split: as in `load`.
+      data_dir: as in `load`.
+      num_validation: as in `load`.
+      max_examples: as in `load`.
+
+    Raises:
+      ValueError: as `load`.
+      FileNotFoundError: as `load`.
+      ImportError: as `load`.
+    """
+    source, pool, positions = _select(name, split, data_dir, num_validation, max_examples)
+    height, width, channels = source.read(pool, positions[:1])[0].shape[1:]
+    return LazyDataset(source, pool, positions, (height, width, channels))
+
+
+def _select(
+    name: str, split: str, data_dir: str | None, num_validation: int, max_examples: int | None
+) -> tuple[Source, str, np.ndarray]:
+    """Returns the source of a split, the source's own split, and the positions in it."""
     _validate.one_of(SPLITS, split=split)
     _validate.non_negative(num_validation=num_validation)
     if split == "validation" and num_validation == 0:
@@ -195,14 +291,7 @@ def load(
         order = seeded_permutation(len(positions), _VALIDATION_SEED, len(positions))
         is_validation = split == "validation"
         positions = order[:num_validation] if is_validation else order[num_validation:]
-    images, labels, ids = source.read(pool, positions[:max_examples])
-    return Dataset(
-        images=np.ascontiguousarray(images),
-        labels=labels.astype(np.int32),
-        ids=ids.astype(np.int64),
-        num_classes=len(source.label_names),
-        label_names=source.label_names,
-    )
+    return source, pool, positions[:max_examples]
 
 
 @dataclasses.dataclass(frozen=True)

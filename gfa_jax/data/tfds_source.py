@@ -6,6 +6,7 @@ tfds, array_record and Pillow are imported when a data set is opened, not with t
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import importlib
 import io
 import math
@@ -59,15 +60,16 @@ def open_tfds(spec: str, data_dir: str | None) -> Source:
     else:
         source_of_test = "test"
 
+    @functools.cache  # Opening costs more than reading a batch.
+    def records_of(source_split: str) -> Any:
+        return builder.as_data_source(source_split, decoders={"image": tfds.decode.SkipDecoding()})
+
     def read(split: str, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         source_split = source_of_test if split == "test" else split
         channels = features["image"].shape[-1]
         what = f"{spec} {source_split}"
         try:
-            records = builder.as_data_source(
-                source_split, decoders={"image": tfds.decode.SkipDecoding()}
-            )
-            images, labels = _decode_records(records, positions, channels, what)
+            images, labels = _decode_records(records_of(source_split), positions, channels, what)
         except (RuntimeError, OSError) as error:
             # array_record raises RuntimeError for a damaged or missing file, Pillow OSError.
             raise ValueError(
@@ -230,7 +232,7 @@ def _check_memory(needed: int, shape: tuple[int, ...], what: str) -> None:
         raise ValueError(
             f"tfds data set {what} needs {needed / 1e9:.3g} GB in memory at {shape[0]}x{shape[1]} "
             f"pixels, and this machine has {physical / 1e9:.3g} GB: use a version of the data set "
-            "with smaller images, or max_examples"
+            "with smaller images, max_examples, or placement 'stream' in training"
         )
 
 

@@ -40,19 +40,19 @@ class _Run:
     workdir: pathlib.Path
     tensorboard: bool
     mesh: jax.sharding.Mesh
-    train_set: data.Dataset
+    train_set: data.Dataset | data.LazyDataset
     validation_set: data.Dataset | None
 
-    def train_batch(self, index: int) -> dict[str, Array]:
-        batch = data.train_batch(
+    @functools.cached_property
+    def train_batch(self) -> data.InputFn:
+        """``step -> batch`` on the devices."""
+        return data.train_input(
             self.train_set,
             self.config.batch_size,
             seed=self.config.seed,
-            step=index,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            sharding=layout.split(self.mesh),
+            placement=self.config.data.placement,
         )
-        return layout.put({"inputs": batch["inputs"], "labels": batch["labels"]}, self.mesh)
 
     @property
     def template(self) -> state.TrainState:
@@ -145,12 +145,15 @@ def train_and_evaluate(
             checkpoints.close()
 
 
-def _load_data(config: TrainConfig) -> tuple[data.Dataset, data.Dataset | None]:
+def _load_data(
+    config: TrainConfig,
+) -> tuple[data.Dataset | data.LazyDataset, data.Dataset | None]:
     options: dict[str, Any] = {
         "data_dir": config.data.data_dir,
         "num_validation": config.data.num_validation,
     }
-    train_set = data.load(
+    load = data.open_lazily if config.data.placement == "stream" else data.load
+    train_set = load(
         config.data.name, "train", max_examples=config.data.max_train_examples, **options
     )
     if not config.data.num_validation:

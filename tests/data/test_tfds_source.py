@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from gfa_jax.data import load, prepare, tfds_source
+from gfa_jax.data import load, open_lazily, prepare, tfds_source
 
 
 @pytest.fixture(scope="module")
@@ -264,3 +264,20 @@ def test_real_cifar10(tfds):
 def test_tfds_is_read_and_written_without_tensorflow(mnist_dir):
     load("tfds:mnist", "test", data_dir=mnist_dir)
     assert "tensorflow" not in sys.modules
+
+
+def test_lazy_reads_decode_what_is_asked_for_and_open_files_once(mnist_dir, monkeypatch):
+    decoded = []
+    decode = tfds_source._decode_image
+    monkeypatch.setattr(
+        tfds_source, "_decode_image", lambda *args: decoded.append(1) or decode(*args)
+    )
+    lazy = open_lazily("tfds:mnist", "train", data_dir=mnist_dir, num_validation=5)
+    assert len(decoded) == 1 + 1  # the first one's shape, and itself
+    whole = load("tfds:mnist", "train", data_dir=mnist_dir, num_validation=5)
+    decoded.clear()
+    for positions in (np.array([3, 1]), np.array([14]), np.array([0, 7, 3])):
+        for got, expected in zip(lazy.read(positions), whole.read(positions), strict=True):
+            np.testing.assert_array_equal(got, expected)
+    assert len(decoded) == 6 + 3
+    assert lazy.image_shape == (28, 28, 1)

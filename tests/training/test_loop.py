@@ -7,11 +7,13 @@ import threading
 import time
 
 import chex
+import jax
 import numpy as np
 import pytest
 
 from configs import smoke
 from gfa_jax import config as config_lib
+from gfa_jax.evaluation import loading
 from gfa_jax.training import checkpoint, guards, layout, loop, metrics, recipe, run_folder
 
 
@@ -90,6 +92,52 @@ def test_a_finished_run_is_not_trained_again(uninterrupted):
     before = final_model(workdir, tiny_config())
     assert loop.train_and_evaluate(tiny_config(), workdir) == pytest.approx(result)
     chex.assert_trees_all_equal(final_model(workdir, tiny_config()), before)
+
+
+@pytest.mark.parametrize("placement", ["device", "stream"])
+def test_where_the_data_lies_changes_nothing(uninterrupted, tmp_path, placement):
+    """Also when a run moves on to another placement."""
+    workdir, result = uninterrupted
+    moved = dataclasses.replace(tiny_config().data, placement=placement)
+    loop.train_and_evaluate(tiny_config(), tmp_path, stop_after=5)
+    assert loop.train_and_evaluate(tiny_config(data=moved), tmp_path) == result
+    chex.assert_trees_all_equal(
+        final_model(tmp_path, tiny_config()), final_model(workdir, tiny_config())
+    )
+
+
+def test_how_a_run_computes_may_be_chosen(tmp_path):
+    """Accumulation, averages, bfloat16 and rematerialisation together, stopped and resumed."""
+    options = {
+        "accumulation_steps": 2,
+        "ema_decay": 0.5,
+        "model": dataclasses.replace(tiny_config().model, dtype="bfloat16", remat=True),
+    }
+    config = tiny_config(**options)
+    result = loop.train_and_evaluate(config, tmp_path / "whole")
+    loop.train_and_evaluate(config, tmp_path / "parts", stop_after=7)
+    assert loop.train_and_evaluate(config, tmp_path / "parts") == result
+    whole, parts = (final_model(tmp_path / name, config) for name in ("whole", "parts"))
+    chex.assert_trees_all_equal(whole, parts)
+    assert {leaf.dtype for leaf in jax.tree.leaves((whole.params, whole.ema))} == {
+        np.dtype("float32")
+    }
+    # What is evaluated later is the average, in float32.
+    run = loading.load_run(tmp_path / "whole")
+    chex.assert_trees_all_equal(jax.device_get(run.params), jax.device_get(whole.ema[0]))
+    assert run.classifier.module.dtype is None
+
+
+def test_pmap_trains_as_jit_does(tmp_path):
+    plain = tiny_config(
+        attack=config_lib.AttackConfig(),
+        gfa=dataclasses.replace(tiny_config().gfa, target="log_odds"),
+    )
+    results = [
+        loop.train_and_evaluate(dataclasses.replace(plain, parallelism=kind), tmp_path / kind)
+        for kind in ("jit", "pmap")
+    ]
+    assert results[0] == pytest.approx(results[1], rel=1e-3, abs=1e-4)
 
 
 def test_sigterm_saves_and_returns(tmp_path):
