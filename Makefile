@@ -7,7 +7,7 @@ VENV ?= .venv-$(notdir $(PYTHON))
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
 
-.PHONY: demo digits objectives test test-slow test-parity benchmark-attacks lint format
+.PHONY: demo digits objectives faults soak scaling test test-slow test-parity benchmark-attacks lint format
 .PHONY: install install-dev install-parity install-adv-lib clean
 
 $(VENV)/.installed: pyproject.toml
@@ -44,6 +44,18 @@ digits: install
 # A stopped one goes on. ARGS='--recipes trades,mart --seeds 1' for a part.
 objectives: install
 	$(BIN)/python benchmarks/objectives.py --out runs/objectives $(ARGS)
+
+# Breaks training in many ways and resumes it: some fifteen minutes on 2 CPU cores.
+faults: install
+	$(BIN)/python benchmarks/faults.py --out runs/faults $(ARGS)
+
+# Half an hour of training, watched for memory and open files.
+soak: install-dev
+	$(BIN)/python benchmarks/soak.py --out runs/soak $(ARGS)
+
+# The step compiled for pods that are not here; see docs/scaling.md.
+scaling: install
+	$(BIN)/python -m gfa_jax.training.scaling --config configs/cifar10_gfa.py $(ARGS)
 
 test: install-dev
 	$(BIN)/python -m pytest -n auto

@@ -7,6 +7,8 @@ goes on beside training and is atomic: a killed save leaves the previous checkpo
 """
 
 import contextlib
+import functools
+import json
 import math
 import pathlib
 import warnings
@@ -62,6 +64,8 @@ class Checkpoints:
           metric: the name in ``save(metrics=...)`` whose largest values are the best; empty for
             none.
           keep_best: how many of the best are kept beside the latest.
+
+        Checkpoints whose metrics cannot be read are moved aside, as in ``restore_latest``.
         """
         # max_to_keep with best_fn deletes the latest checkpoint when it is not among the best:
         # training would resume in the past.
@@ -81,6 +85,8 @@ class Checkpoints:
                 )
             )
         self._metric = metric
+        # Orbax reads them all at once, and refuses all of them for one.
+        distributed.on_primary(lambda: _set_aside(directory, _damaged_metrics(directory)))
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             # Named handlers let a fresh process read the leaves' shapes before it restores them.
@@ -177,7 +183,10 @@ class Checkpoints:
             except DamagedCheckpointError as error:
                 failure = error
             if not distributed.any_process(failure is not None):
-                self._set_aside(damaged)
+                if damaged:
+                    directory = pathlib.Path(self._manager.directory)
+                    distributed.on_primary(functools.partial(_set_aside, directory, damaged))
+                    self._manager.reload()
                 return found
             damaged[step] = failure or DamagedCheckpointError("another process cannot read it.")
         if damaged:
@@ -210,25 +219,6 @@ class Checkpoints:
             ema=None if weights is None else evaluated,
         )
         return state, dict(restored["metadata"])
-
-    def _set_aside(self, damaged: Mapping[int, Exception]) -> None:
-        if not damaged:
-            return
-        directory = pathlib.Path(self._manager.directory)
-        aside = directory.parent / "damaged_checkpoints"
-
-        def move() -> None:
-            aside.mkdir(exist_ok=True)
-            for step, error in damaged.items():
-                number = sum(path.name.split("-")[0] == str(step) for path in aside.iterdir())
-                (directory / str(step)).rename(aside / f"{step}-{number}")
-                warnings.warn(
-                    f"{error} It lies in {aside} now; training goes on from an older one.",
-                    stacklevel=4,
-                )
-
-        distributed.on_primary(move)
-        self._manager.reload()
 
     def restore_model(
         self, template: PyTree, which: str | int = "latest"
@@ -287,6 +277,34 @@ def _training_item(state: TrainState) -> dict[str, Any]:
     if state.ema is not None:
         item["weights"] = (state.params, state.model_state)
     return item
+
+
+def _damaged_metrics(directory: pathlib.Path) -> dict[int, DamagedCheckpointError]:
+    """Returns the steps whose file of metrics is there and is no JSON."""
+    damaged = {}
+    for path in directory.glob("*/metrics/metrics"):
+        try:
+            json.loads(path.read_bytes())
+        except ValueError as error:
+            if (name := path.parents[1].name).isdigit():
+                damaged[int(name)] = DamagedCheckpointError(
+                    f"checkpoint {path.parents[1]} cannot be read ({path.name}: {error})."
+                )
+    return damaged
+
+
+def _set_aside(directory: pathlib.Path, damaged: Mapping[int, Exception]) -> None:
+    """Moves damaged checkpoints out of the folder, where they stay."""
+    if not damaged:
+        return
+    aside = directory.parent / "damaged_checkpoints"
+    aside.mkdir(exist_ok=True)
+    for step, error in damaged.items():
+        number = sum(path.name.split("-")[0] == str(step) for path in aside.iterdir())
+        (directory / str(step)).rename(aside / f"{step}-{number}")
+        warnings.warn(
+            f"{error} It lies in {aside} now; training goes on from an older one.", stacklevel=4
+        )
 
 
 def _leaves(tree: PyTree) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -1,6 +1,5 @@
 """What a training would cost: the step compiled ahead of time, without data and without a run."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,41 +11,11 @@ from gfa_jax import config as config_lib
 from gfa_jax import data
 from gfa_jax.config import TrainConfig
 from gfa_jax.training import collectives, flops, layout, recipe, state
+from gfa_jax.training.devices import DEVICES
 
 UTILISATION = 0.4
 """The share of a device's peak that an expected step time supposes; convolutions of small images
 reach less, large matrix products more."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Device:
-    """A device's data sheet.
-
-    Attributes:
-      peak: dense floating-point operations per second of float32 products, by ``config.precision``.
-      link: bytes per second that it sends to its neighbours, in one direction.
-      memory: bytes.
-    """
-
-    peak: Mapping[str, float]
-    link: float
-    memory: float
-
-
-def _tpu(bfloat16: float, link: float, memory: float) -> Device:
-    # Float32 products are one, three or six products of bfloat16.
-    peak = {"default": bfloat16, "high": bfloat16 / 3, "highest": bfloat16 / 6}
-    return Device(peak, link, memory)
-
-
-DEVICES: Mapping[str, Device] = {
-    "TPU v5e": _tpu(197e12, 200e9, 16e9),
-    "TPU v6e": _tpu(918e12, 448e9, 32e9),
-    # TF32 by default, without sparsity.
-    "H100 SXM": Device({"default": 494e12, "high": 494e12, "highest": 67e12}, 450e9, 80e9),
-    "A100 SXM": Device({"default": 156e12, "high": 156e12, "highest": 19.5e12}, 300e9, 80e9),
-}
-"""Peaks, links and memories as their makers give them."""
 
 
 def plan(config: TrainConfig) -> dict[str, Any]:
@@ -71,7 +40,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     built = recipe.build(
         config, num_classes=described.num_classes, image_shape=described.image_shape
     )
-    mesh = layout.data_mesh()
+    mesh = layout.data_mesh(fsdp=config.fsdp)
     everywhere, split = layout.replicated(mesh), layout.split(mesh)
     train_step, template = built.train_step(mesh), built.template(mesh)
     images = (config.batch_size, *described.image_shape)

@@ -94,7 +94,7 @@ class _Graph:
 
 def _called(equation: core.JaxprEqn) -> core.Jaxpr | None:
     """Returns the computation of an equation that does nothing but call it."""
-    if equation.primitive.name in ("scan", "while", "cond"):
+    if equation.primitive.name in ("scan", "while", "cond", "shard_map"):
         return None
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         if name in equation.params:
@@ -127,6 +127,8 @@ def _operations(equation: core.JaxprEqn) -> int:
         return 2 * depth * math.prod(_shape(equation.outvars[0])) // zeros
     if name == "scan":
         return int(params["length"]) * _Graph().run(_open(params["jaxpr"]))
+    if name == "shard_map":  # What ``jax.pmap`` becomes: one device's share.
+        return int(params["mesh"].size) * _Graph().run(_open(params["jaxpr"]))
     if name == "cond":
         return max(_Graph().run(_open(branch)) for branch in params["branches"])
     if name == "while":

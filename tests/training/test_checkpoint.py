@@ -160,6 +160,23 @@ def test_a_damaged_latest_checkpoint_is_set_aside(tmp_path, mesh):
         assert (tmp_path / "damaged_checkpoints" / f"4-{attempt}" / "model").is_dir()
 
 
+def test_checkpoints_with_damaged_metrics_do_not_take_the_others_along(tmp_path, mesh):
+    options = {"metric": "accuracy", "keep_best": 1}
+    checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", **options)
+    for number in (3, 4):
+        checkpoints.save(make_state(mesh, number), {}, {"accuracy": number / 10})
+    checkpoints.close()
+    path = tmp_path / "checkpoints" / "4" / "metrics" / "metrics"
+    path.write_bytes(path.read_bytes()[:7])
+    with pytest.warns(UserWarning, match=r"checkpoint .*/4 cannot be read \(metrics: "):
+        again = checkpoint.Checkpoints(tmp_path / "checkpoints", **options)
+    assert again.latest_step == 3
+    restored, _ = again.restore_latest(template_of(make_state(mesh), mesh))
+    assert restored.step == 3
+    again.close()
+    assert (tmp_path / "damaged_checkpoints" / "4-0" / "model").is_dir()
+
+
 def test_a_state_may_be_donated_right_after_its_save(tmp_path, mesh):
     """What is still being written is a copy."""
     checkpoints = checkpoint.Checkpoints(tmp_path)

@@ -102,3 +102,10 @@ def test_unknown_numbers_of_iterations_are_refused():
 
     with pytest.raises(ValueError, match="no fixed number of iterations"):
         flops.count(search, jnp.ones((4, 4)))
+
+
+def test_what_every_mapped_device_does_counts():
+    def mapped(rows, matrix):
+        return jax.pmap(jnp.dot, in_axes=(0, None))(rows.reshape(4, 2, 4), matrix)
+
+    assert flops.count(mapped, jnp.ones((8, 4)), B) == flops.count(jnp.dot, jnp.ones((8, 4)), B)
