@@ -1,7 +1,6 @@
 """The benchmark of faults: what breaks a training, and whether it goes on as if nothing was."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import random
@@ -13,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from gfa_jax import files
 from gfa_jax.evaluation import loading
@@ -90,13 +90,16 @@ class Trial:
 
 
 def start(
-    workdir: pathlib.Path, *, program: str | None = None, prefix: Sequence[str] = ()
+    workdir: pathlib.Path,
+    *flags: str,
+    program: str | None = None,
+    prefix: Sequence[str] = (),
 ) -> subprocess.Popen[str]:
     """Starts training; ``program`` replaces train.py's own, ``prefix`` runs before Python."""
     script = ["-c", program] if program else ["train.py"]
     with (workdir.parent / f"{workdir.name}.log").open("w") as log:
         return subprocess.Popen(
-            [*prefix, sys.executable, *script, *RECIPE, f"--workdir={workdir}"],
+            [*prefix, sys.executable, *script, *RECIPE, f"--workdir={workdir}", *flags],
             cwd=ROOT,
             env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)},
             stdout=subprocess.DEVNULL,
@@ -121,36 +124,47 @@ def wait_for_step(workdir: pathlib.Path, step: int, process: subprocess.Popen[st
         time.sleep(0.01)
 
 
-def outcome(workdir: pathlib.Path) -> tuple[str, str]:
-    """Returns what must not depend on faults: the metrics without times, and the weights."""
+class Outcome(NamedTuple):
+    """What must not depend on faults: the metrics without times, and the weights in the end."""
+
+    rows: list[dict[str, float]]
+    weights: str
+
+
+def outcome(workdir: pathlib.Path) -> Outcome:
+    """Returns the outcome of a run."""
     rows = metrics.read(workdir / "metrics.jsonl")
     for row in rows:
         row.pop("examples_per_second", None)
-    return json.dumps(rows), loading.load_run(workdir).weights_hash
+    return Outcome(rows, loading.load_run(workdir).weights_hash)
 
 
 def resume(
-    workdir: pathlib.Path, fault: str, exit_code: int, found: str, expected: tuple[str, str]
+    workdir: pathlib.Path,
+    fault: str,
+    exit_code: int,
+    found: str,
+    expected: Outcome,
+    stop_after: int = NUM_STEPS,
 ) -> Trial:
-    """Trains a broken run to its end."""
+    """Trains a broken run to its end, or to a step up to which its metrics are compared."""
     before = last_step(workdir)
     started = time.monotonic()
-    process = start(workdir)
-    while process.poll() is None and f"step {before} of" not in said(workdir):
-        if last_step(workdir) > before or (before == NUM_STEPS):
-            break
-        time.sleep(0.01)
+    process = start(workdir, f"--stop_after={stop_after}")
+    wait_for_step(workdir, min(before + 1, stop_after), process)
     recovery = time.monotonic() - started
     if process.wait(timeout=600):
         raise RuntimeError(f"{fault}: resuming failed: {said(workdir)}")
     match = re.search(r"resumed at step (\d+)", said(workdir))
     resumed = int(match.group(1)) if match else (before if before == NUM_STEPS else 0)
-    return Trial(
-        fault, found, exit_code, max(0, before - resumed), recovery, outcome(workdir) == expected
-    )
+    got = outcome(workdir)
+    identical = got.rows == [row for row in expected.rows if row["step"] <= stop_after]
+    if stop_after == NUM_STEPS:
+        identical = identical and got.weights == expected.weights
+    return Trial(fault, found, exit_code, max(0, before - resumed), recovery, identical)
 
 
-def kill(workdir: pathlib.Path, after: float, expected: tuple[str, str]) -> Trial:
+def kill(workdir: pathlib.Path, after: float, expected: Outcome) -> Trial:
     """Kills a run so many seconds after its start, wherever it is then."""
     process = start(workdir)
     time.sleep(after)
@@ -177,23 +191,26 @@ def stopped_at(workdir: pathlib.Path, step: int) -> None:
         raise RuntimeError(said(workdir))
 
 
+def checkpoints_of(workdir: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the folders of a run's checkpoints, the latest last."""
+    found = [path for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+    return sorted(found, key=lambda path: int(path.name))
+
+
 def damaged_files(
-    folder: pathlib.Path, expected: tuple[str, str], copy_of: pathlib.Path
+    folder: pathlib.Path, expected: Outcome, copy_of: pathlib.Path
 ) -> Iterator[Trial]:
     """Cuts each file of the latest checkpoint in half, one at a time."""
-    latest = max(
-        (path for path in (copy_of / "checkpoints").iterdir() if path.name.isdigit()),
-        key=lambda path: int(path.name),
-    )
+    latest = checkpoints_of(copy_of)[-1]
     paths = [path.relative_to(copy_of) for path in latest.rglob("*") if path.is_file()]
-    for number, path in enumerate(sorted(path for path in paths)):
+    for number, path in enumerate(sorted(paths)):
         workdir = folder / f"truncated_{number}"
         shutil.copytree(copy_of, workdir)
         whole = (workdir / path).read_bytes()
         (workdir / path).write_bytes(whole[: len(whole) // 2])
         name = "/".join(path.parts[2:])
         name = re.sub(r"[0-9a-f]{32}", "...", name)
-        yield resume(workdir, "checkpoint file cut in half", 0, name, expected)
+        yield resume(workdir, "checkpoint file cut in half", 0, name, expected, 250)
 
 
 def run(flags: Flags) -> list[Trial]:
@@ -214,30 +231,27 @@ def run(flags: Flags) -> list[Trial]:
         trials.append(trial)
         print(trial, file=sys.stderr, flush=True)
 
-    for number in range(flags.kills):
-        note(kill(folder / f"killed_{number}", draw.uniform(0.5, seconds), expected))
-
     saved = folder / "saved"
     stopped_at(saved, 220)
-    for trial in damaged_files(folder, expected, saved):
-        note(trial)
     for name, chosen in (("latest", 1), ("all", 100)):
         workdir = folder / f"deleted_{name}"
         shutil.copytree(saved, workdir)
-        steps = sorted((workdir / "checkpoints").iterdir(), key=lambda path: path.name)
-        steps = sorted((path for path in steps if path.name.isdigit()), key=lambda p: int(p.name))
-        for path in steps[-chosen:]:
+        for path in checkpoints_of(workdir)[-chosen:]:
             shutil.rmtree(path)
         note(resume(workdir, f"{name} checkpoint{'s' * (name == 'all')} deleted", 0, "", expected))
     for fault in (clock_jumps, nan_in_a_batch, full_disk, read_only_checkpoints):
         if (found := fault(folder, expected)) is not None:
             note(found)
     note(read_only_folder(folder))
+    for number in range(flags.kills):
+        note(kill(folder / f"killed_{number}", draw.uniform(0.5, seconds), expected))
+    for trial in damaged_files(folder, expected, saved):
+        note(trial)
     files.write_json(folder / "faults.json", {"trials": [dataclasses.asdict(t) for t in trials]})
     return trials
 
 
-def clock_jumps(folder: pathlib.Path, expected: tuple[str, str]) -> Trial:
+def clock_jumps(folder: pathlib.Path, expected: Outcome) -> Trial:
     """Moves the time of day by two days, back and forth, five times a second."""
     workdir = folder / "clock"
     process = start(workdir, program=_CLOCK_THAT_JUMPS)
@@ -247,14 +261,14 @@ def clock_jumps(folder: pathlib.Path, expected: tuple[str, str]) -> Trial:
     return resume(workdir, "clock jumps by two days", code, "trains on", expected)
 
 
-def nan_in_a_batch(folder: pathlib.Path, expected: tuple[str, str]) -> Trial:
+def nan_in_a_batch(folder: pathlib.Path, expected: Outcome) -> Trial:
     """Puts a NaN into one pixel of one batch."""
     workdir = folder / "nan"
     code = start(workdir, program=_NAN_IN_A_BATCH).wait(timeout=600)
     return resume(workdir, "NaN in a batch", code, said(workdir).splitlines()[-1], expected)
 
 
-def full_disk(folder: pathlib.Path, expected: tuple[str, str]) -> Trial | None:
+def full_disk(folder: pathlib.Path, expected: Outcome) -> Trial | None:
     """Fills the disk while training goes on; ``None`` where none can be mounted."""
     mount = folder / "disk"
     mount.mkdir()
@@ -288,7 +302,7 @@ def _respecting_permissions() -> Sequence[str]:
     return ["setpriv", "--bounding-set=-dac_override"] if os.geteuid() == 0 else []
 
 
-def read_only_checkpoints(folder: pathlib.Path, expected: tuple[str, str]) -> Trial:
+def read_only_checkpoints(folder: pathlib.Path, expected: Outcome) -> Trial:
     """Takes the right to write checkpoints away."""
     workdir = folder / "read_only_checkpoints"
     process = start(workdir, prefix=_respecting_permissions())
