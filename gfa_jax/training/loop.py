@@ -89,10 +89,9 @@ def train_and_evaluate(
     """Trains a model; run again after any kind of stop, it goes on from the latest checkpoint.
 
     On the same devices, a resumed run gives bit-identical results to an uninterrupted one; on
-    others, in more or fewer processes, they are equal up to rounding. Writes
-    ``config.json``, ``metrics.jsonl`` and ``checkpoints/`` under ``workdir``, which all processes
-    share. SIGTERM and Ctrl-C, to any process, save a checkpoint at the same step on all, and
-    return.
+    others, in more or fewer processes, they are equal up to rounding. Writes ``config.json``,
+    ``metrics.jsonl`` and ``checkpoints/`` under ``workdir``, which all processes share. SIGTERM and
+    Ctrl-C, to any process, save a checkpoint at the same step on all, and return.
 
     Args:
       config: the recipe.
@@ -135,14 +134,14 @@ def train_and_evaluate(
         traced_step = run.trace_step()
         evaluator = _make_evaluator(run)
         distributed.on_primary(lambda: run_folder.claim(workdir, config))
-        checkpoints = checkpoint.Checkpoints(
-            workdir / "checkpoints", metric=run.best_metric, keep_best=config.loop.keep_best
-        )
-        try:
-            with run_folder.only_trainer(workdir), preemption.stop_requests() as stop_requested:
+        with run_folder.only_trainer(workdir), preemption.stop_requests() as stop_requested:
+            checkpoints = checkpoint.Checkpoints(
+                workdir / "checkpoints", metric=run.best_metric, keep_best=config.loop.keep_best
+            )
+            try:
                 return _train(run, traced_step, evaluator, checkpoints, stop_requested, last_step)
-        finally:
-            checkpoints.close()
+            finally:
+                checkpoints.close()
 
 
 def _load_data(
@@ -181,7 +180,8 @@ def _train(
     )
     first_step = int(current.step)
     if first_step >= last_step:
-        print(f"{run.workdir}: step {first_step} of {config.train_steps} is done already.")
+        if distributed.is_primary():
+            print(f"{run.workdir}: step {first_step} of {config.train_steps} is done already.")
         return _last_metrics(run.workdir / "metrics.jsonl")
     seconds_before = float(metadata["train_seconds"])
     writer = MetricsWriter(
