@@ -1,5 +1,6 @@
 """The benchmark of faults: what breaks a training, and whether it goes on as if nothing was."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -272,7 +273,7 @@ def full_disk(folder: pathlib.Path, expected: Outcome) -> Trial | None:
     """Fills the disk while training goes on; ``None`` where none can be mounted."""
     mount = folder / "disk"
     mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(mount)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(mount)]
     if subprocess.run(command, check=False, capture_output=True).returncode:
         print("full disk: left out, it needs the right to mount one", file=sys.stderr)
         return None
@@ -281,20 +282,16 @@ def full_disk(folder: pathlib.Path, expected: Outcome) -> Trial | None:
         process = start(workdir)
         wait_for_step(workdir, 220, process)
         filler = mount / "filler"
-        with filler.open("wb") as file:
-            try:
-                while True:
-                    file.write(bytes(4096))
-                    file.flush()
-            except OSError:
-                pass
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
         code = process.wait(timeout=600)
         shutil.copy(mount / "run.log", folder / "full.log")
         filler.unlink()
         last = (said(workdir).splitlines() or ["(no room for the message)"])[-1]
         return resume(workdir, "full disk", code, last, expected)
     finally:
-        subprocess.run(["umount", str(mount)], check=True)
+        subprocess.run(["umount", "--lazy", str(mount)], check=True)
 
 
 def _respecting_permissions() -> Sequence[str]:

@@ -32,6 +32,9 @@ _KEEP_LATEST = 2
 """The second is for the case that the first gets damaged."""
 
 
+_SAVE_SECONDS = 30 * 24 * 3600
+
+
 class SaveFailedError(OSError):
     """A checkpoint could not be written; those before it are intact."""
 
@@ -99,6 +102,9 @@ class Checkpoints:
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
                 best_fn=score if metric else None,
                 enable_async_checkpointing=True,
+                # Measured on the clock of the day, which may jump by more than the default of ten
+                # minutes; a process that died is found out by JAX's own runtime.
+                async_options=ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS),
             ),
         )
 
