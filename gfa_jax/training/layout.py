@@ -88,6 +88,24 @@ def of_state(mesh: Mesh, shapes: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(mesh, leaf.shape)), shapes)
 
 
+def gathered(state: PyTree, mesh: Mesh) -> PyTree:
+    """Returns state as whole arrays on every device, inside a jitted function.
+
+    Said before parameters are used: left to itself, XLA would rather split the layers' outputs as
+    their kernels are, and send activations.
+    """
+    if mesh.shape[FSDP_AXIS] == 1:
+        return state
+    return jax.lax.with_sharding_constraint(state, replicated(mesh))
+
+
+def scattered(state: PyTree, mesh: Mesh) -> PyTree:
+    """Returns state, or gradients, as ``of_state`` lays it out, inside a jitted function."""
+    if mesh.shape[FSDP_AXIS] == 1:
+        return state
+    return jax.lax.with_sharding_constraint(state, of_state(mesh, state))
+
+
 def _spec(mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:
     parts = mesh.shape[FSDP_AXIS]
     if parts == 1 or math.prod(shape) < MIN_SPLIT_SIZE:

@@ -87,7 +87,7 @@ def make_train_step(
         augment_key, objective_key = jax.random.split(jax.random.fold_in(key, state.step))
         inputs = augment(augment_key, batch["inputs"])
         gradient_fn: _GradientFn = functools.partial(
-            share_of_gradients, objective_at(state.step), state.params
+            share_of_gradients, objective_at(state.step), layout.gathered(state.params, mesh)
         )
         if accumulation_steps > 1:
             gradient_fn = _accumulated(gradient_fn, accumulation_steps)
@@ -96,6 +96,7 @@ def make_train_step(
                 state.model_state, {"inputs": inputs, "labels": batch["labels"]}, objective_key
             )
         )
+        grads = layout.scattered(grads, mesh)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
@@ -202,7 +203,9 @@ def make_eval_step(
 
     def eval_step(params: Params, model_state: ModelState, batch: Batch, key: Array) -> Metrics:
         model = functools.partial(
-            taps.linen_model(module, model_state, layers=layers), params, train=False
+            taps.linen_model(module, model_state, layers=layers),
+            layout.gathered(params, mesh),
+            train=False,
         )
         inputs, labels, mask = to_float(batch["inputs"]), batch["labels"], batch["mask"]
         apply_fn = lambda tap_values, inputs: model(tap_values, inputs)[0]  # noqa: E731

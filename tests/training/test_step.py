@@ -114,6 +114,21 @@ def test_fsdp_splits_large_arrays_and_their_moments(key, monkeypatch):
         assert shard.size == kernels[name].size // 4
 
 
+def test_fsdp_gathers_parameters_and_sends_no_activations(key, monkeypatch):
+    """Left to itself, XLA splits layers as their kernels are: hundreds of times the parameters."""
+    monkeypatch.setattr(layout, "MIN_SPLIT_SIZE", 100)
+    module = create("cnn4", num_classes=4, width=2)
+    train_step, init, mesh = build(OBJECTIVES["gfa_exact"], 4, module, fsdp=4)
+    current = init(key)
+    batch = {"inputs": np.ones((64, 8, 8, 1), np.float32), "labels": np.zeros(64, np.int32)}
+    compiled = train_step.lower(current, jax.device_put(batch, layout.split(mesh)), key).compile()
+    found = collectives.count(compiled.as_text())
+    whole = 4 * state.num_params(current.params)
+    assert set(found) <= {"all-gather", "all-reduce", "reduce-scatter"}
+    assert found["all-gather"].num_bytes <= 1.01 * whole
+    assert sum(one.num_bytes for one in found.values()) <= 3.2 * whole
+
+
 @pytest.mark.parametrize("name", ["gfa_exact", "gfa_finite_difference", "pgd_at_without_draws"])
 def test_pmap_equals_jit(name, key):
     module = create("cnn4", num_classes=4, width=0.25)
