@@ -178,6 +178,22 @@ def test_eight_devices_give_the_losses_of_one(alone, tmp_path):
     assert_same_losses(alone, rows_of(tmp_path), range(1, 61))
 
 
+@pytest.mark.slow
+def test_compiled_programs_are_kept(alone, tmp_path):
+    """A second run finds the step that the first has compiled, and takes the same steps."""
+    entries = []
+    for name in ("first", "second"):
+        flags = [*RECIPE, f"--compile_cache={tmp_path / 'cache'}", "--stop_after=3"]
+        codes, said = finish(start(tmp_path / name, *flags))
+        assert codes == [0], said
+        entries.append(
+            sorted(path.name for path in (tmp_path / "cache").glob("*train_step*-cache"))
+        )
+        assert_same_losses(alone, rows_of(tmp_path / name), range(1, 4))
+    assert len(entries[0]) == 1
+    assert entries[0] == entries[1]
+
+
 def test_what_one_process_refuses_ends_all(tmp_path):
     """The others do not wait for it."""
     (tmp_path / "config.json").write_text("{}")
