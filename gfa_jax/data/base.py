@@ -1,4 +1,4 @@
-"""What every reader of a data source gives to `sources.load`."""
+"""What every reader of a data source gives to `sources.load` and `sources.open_lazily`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What `load` needs of a source; `read` is called once, with the positions that are wanted."""
+    """What a split is read from.
+
+    `load` calls `read` once; a `LazyDataset` does for every batch, from several threads.
+    """
 
     sizes: Mapping[str, int]
     label_names: tuple[str, ...]

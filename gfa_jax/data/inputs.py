@@ -7,14 +7,14 @@ process makes its share of it alone.
 from __future__ import annotations
 
 import importlib
-import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from gfa_jax import _validate
+from gfa_jax import _validate, distributed
 from gfa_jax.data import pipeline
 from gfa_jax.data.sources import Dataset, LazyDataset
 
@@ -56,7 +56,10 @@ def train_input(
     * `host`: batches are gathered in this process's memory and sent.
     * `stream`: batches are read ahead by threads, for a `LazyDataset`; only this process's share is
       decoded. A step that is not the next one starts anew, so that training resumes anywhere.
-    * `auto`: `stream` for a `LazyDataset`, else `choose_placement`.
+    * `auto`: `stream` for a `LazyDataset`, else `choose_placement`; `device` only where every
+      process would choose it. All of them have to call this.
+
+    What it holds (arrays, threads, open files) goes with the function and the data set.
 
     Args:
       dataset: the training examples, the same on every process.
@@ -73,7 +76,9 @@ def train_input(
     if placement == "auto":
         placement = "stream"
         if isinstance(dataset, Dataset):
-            placement = choose_placement(dataset.images.nbytes, jax.local_devices())
+            chosen = choose_placement(dataset.images.nbytes, jax.local_devices())
+            # Devices' limits may differ between hosts, and the program must not.
+            placement = "host" if distributed.any_process(chosen != "device") else "device"
     if isinstance(dataset, LazyDataset) != (placement == "stream"):
         raise ValueError(
             f"placement={placement!r} does not fit a {type(dataset).__name__}: 'stream' reads a "
@@ -152,13 +157,18 @@ class _Stream:
                 "placement 'stream' needs grain: pip install 'gfa_jax[grain]'"
             ) from error
         self._sharding = sharding
-        self._next = -1
+        self._next: int | None = None
         self._batches: Iterator[dict[str, np.ndarray]] = iter(())
-        # One element is one process's share of a batch, which is decoded by threads of its own.
+        # One element is this process's share of a batch, which its source may decode by threads of
+        # its own.
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=_BATCHES_AHEAD)
-        steps = grain.MapDataset.range(math.ceil(2**31 / batch_size))
-        shares = steps.map(lambda step: _share(dataset, batch_size, seed, int(step)))
-        self._from = lambda step: iter(shares[step:].to_iter_dataset(options))
+
+        def batches_from(step: int) -> Iterator[dict[str, np.ndarray]]:
+            steps = grain.MapDataset.range(step, sys.maxsize)
+            shares = steps.map(lambda step: _share(dataset, batch_size, seed, int(step)))
+            return iter(shares.to_iter_dataset(options))
+
+        self._from = batches_from
 
     def __call__(self, step: int) -> dict[str, jax.Array]:
         if step != self._next:

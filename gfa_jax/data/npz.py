@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import zipfile
 import zlib
@@ -32,7 +33,8 @@ def open_arrays(name_path: str, data_dir: str | None) -> Source:
       data_dir: folder or file.
 
     Returns:
-      The source, with splits `train` and `test`; ids are positions in them.
+      The source, with splits `train` and `test`; ids are positions in them. It holds the images of
+      a split from the first `read` on.
 
     Raises:
       ValueError: if no file is named, or it breaks a rule; the message names the file and the key.
@@ -90,7 +92,8 @@ def open_arrays(name_path: str, data_dir: str | None) -> Source:
                 f"{array.min()} to {array.max()}"
             )
 
-    def read(split: str, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    @functools.cache  # A member of an .npz file is read whole, however few of it are wanted.
+    def images_of(split: str) -> np.ndarray:
         key = f"{split}_images"
         images = _read_npz(path, key).reshape(shapes[split])
         if images.dtype.kind == "f":
@@ -101,7 +104,10 @@ def open_arrays(name_path: str, data_dir: str | None) -> Source:
                     f"{key} in {path} must be finite and in [0, 1] (or uint8 in 0..255), got "
                     f"values from {low} to {high}"
                 )
-        selected = images[positions]
+        return images
+
+    def read(split: str, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        selected = images_of(split)[positions]
         if selected.dtype != np.uint8:
             selected = selected.astype(np.float32)
         return selected, labels[split][positions], positions

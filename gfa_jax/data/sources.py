@@ -1,10 +1,11 @@
-"""Data sets in memory: where images and labels come from, and which example belongs to which split.
+"""Data sets: where images and labels come from, and which example belongs to which split.
 
 Three kinds of source, each by name: `digits` (real 8x8 scans that ship with scikit-learn, no
 download), `arrays:PATH.npz` (the user's own arrays) and `tfds:BUILDER` (any prepared
 tensorflow-datasets image classification set; TensorFlow is not needed). Whatever the source, a
-split is one `Dataset` held in memory, so an epoch costs an index operation and no decoding. The
-readers of files are in `npz` and `tfds_source`.
+split is one `Dataset` held in memory, so an epoch costs an index operation and no decoding, or,
+where it does not fit, a `LazyDataset` that reads the examples it is asked for. The readers of files
+are in `npz` and `tfds_source`.
 """
 
 from __future__ import annotations
@@ -147,7 +148,12 @@ class LazyDataset:
     @property
     def num_classes(self) -> int:
         """Number of classes."""
-        return len(self.source.label_names)
+        return len(self.label_names)
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """One name per class."""
+        return self.source.label_names
 
     def read(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns images, labels and ids of the examples at these positions of the split.

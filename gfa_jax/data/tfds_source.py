@@ -241,22 +241,23 @@ def _decode_records(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Reads and decodes records into one array, in the order of `positions`.
 
-    Reading and parsing hold the GIL and decoding does not, so chunks are decoded by a small thread
-    pool while the next are read.
+    Reading and parsing hold the GIL and decoding does not, so each chunk is decoded by all threads
+    of a small pool while the next is read. Every record is decoded once.
     """
     if channels not in _PIL_MODES:
         raise ValueError(
             f"images of tfds data set {what} must have 1, 3 or 4 channels, got {channels}"
         )
     mode = _PIL_MODES[channels]
-    shape = _decode_image(records[int(positions[0])]["image"], mode).shape
+    first = _decode_image(records[int(positions[0])]["image"], mode)
+    shape = first.shape
     _check_memory(len(positions) * math.prod(shape), shape, what)
     images = np.empty((len(positions), *shape), np.uint8)
     labels = np.empty(len(positions), np.int64)
 
     def decode(start: int, encoded: Sequence[bytes]) -> None:
         for offset, data in enumerate(encoded, start):
-            pixels = _decode_image(data, mode)
+            pixels = _decode_image(data, mode) if offset else first
             if pixels.shape != shape:
                 raise ValueError(
                     f"images of tfds data set {what} differ in size: {shape} at position "
@@ -272,7 +273,11 @@ def _decode_records(
         for start in range(0, len(positions), _DECODE_CHUNK):
             chunk = records.__getitems__(positions[start : start + _DECODE_CHUNK].tolist())
             labels[start : start + len(chunk)] = [record["label"] for record in chunk]
-            pending.append(pool.submit(decode, start, [record["image"] for record in chunk]))
+            # A batch is often a single chunk, and has to occupy every thread too.
+            size = -(-len(chunk) // num_threads)
+            for part in range(0, len(chunk), size):
+                encoded = [record["image"] for record in chunk[part : part + size]]
+                pending.append(pool.submit(decode, start + part, encoded))
         for future in pending:
             future.result()
     return images, labels

@@ -1,8 +1,13 @@
 """Placements of training data: the same batches, wherever they lie."""
 
 import dataclasses
+import os
+import pathlib
+import socket
+import subprocess
 import sys
 import threading
+import time
 import types
 
 import jax
@@ -10,7 +15,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from gfa_jax import distributed
 from gfa_jax.data import inputs, load, open_lazily, pipeline, train_batch, train_input
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def sharding_over(num_devices):
@@ -34,7 +42,8 @@ def test_placements_give_the_same_batches(placement, num_devices):
     """Over the end of an epoch: fifty examples, batches of sixteen."""
     sharding = sharding_over(num_devices)
     batch_at = train_input(digits(placement), 16, seed=3, sharding=sharding, placement=placement)
-    for step in (*range(5), 40, 41, 7, 0):  # training that resumes starts anywhere
+    # Training that resumes starts anywhere; an endless one passes 2**31 examples.
+    for step in (*range(5), 40, 41, 7, 0, 2**31, 2**31 + 1):
         expected = train_batch(digits(), 16, seed=3, step=step)
         batch = batch_at(step)
         assert set(batch) == {"inputs", "labels"}
@@ -101,11 +110,78 @@ def test_a_stream_leaves_no_threads_behind():
         )
         batch_at(0)
         batch_at(9)
+    assert threading.active_count() > before
     del batch_at
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread():
-            thread.join(timeout=2)
-    assert threading.active_count() <= before + 1
+    deadline = time.monotonic() + 30
+    while threading.active_count() > before:
+        assert time.monotonic() < deadline, threading.enumerate()
+        time.sleep(0.02)
+
+
+_TWO_PROCESSES = """
+import dataclasses, sys
+import jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from gfa_jax.data import load, open_lazily, pipeline, train_batch, train_input
+
+address, index = sys.argv[1], int(sys.argv[2])
+jax.distributed.initialize(address, 2, index)
+mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+sharding = NamedSharding(mesh, PartitionSpec("data"))
+options = {"num_validation": 100, "max_examples": 50}
+whole, lazy = (opened("digits", "train", **options) for opened in (load, open_lazily))
+read = []
+
+def note(pool, positions):
+    read.extend(positions.tolist())
+    return source.read(pool, positions)
+
+source = lazy.source
+lazy = dataclasses.replace(lazy, source=dataclasses.replace(source, read=note))
+for placement in ("host", "device", "stream", "auto"):
+    dataset = lazy if placement == "stream" else whole
+    batch_at = train_input(dataset, 16, seed=3, sharding=sharding, placement=placement)
+    for step in (0, 1, 2, 3, 40, 41):
+        expected = train_batch(whole, 16, seed=3, step=step)
+        for name, value in batch_at(step).items():
+            assert value.shape == expected[name].shape
+            assert value.sharding.is_equivalent_to(sharding, value.ndim)
+            assert len(value.addressable_shards) == 2
+            for shard in value.addressable_shards:
+                np.testing.assert_array_equal(shard.data, expected[name][shard.index])
+assert len(read) >= 6 * 8
+own = set()
+for step in [*range(20), *range(40, 60)]:
+    positions = pipeline.batch_positions(50, 16, seed=3, step=step)[8 * index : 8 * index + 8]
+    own |= {tuple(lazy.positions[positions])}
+shares = {tuple(read[start : start + 8]) for start in range(0, len(read), 8)}
+print("foreign", len([p for p in map(tuple, shares) if p not in own]), "shares", len(shares))
+"""
+
+
+def test_two_processes_have_the_same_batch_and_read_their_shares_alone():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _TWO_PROCESSES, address, str(index)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert all("foreign 0 " in text for text in said), said
 
 
 def test_errors_of_reading_reach_the_training():
@@ -128,6 +204,16 @@ def test_auto_fills_devices_that_tell_their_memory():
     assert inputs.choose_placement(251, [device(1000), device(1000)]) == "host"
     assert inputs.choose_placement(200, [device(1000), device(500)]) == "host"
     assert inputs.choose_placement(1, [device(None)]) == "host"
+
+
+@pytest.mark.parametrize("fits_elsewhere", [True, False])
+def test_auto_fills_devices_only_where_every_process_would(fits_elsewhere, monkeypatch):
+    monkeypatch.setattr(inputs, "choose_placement", lambda *args: "device")
+    monkeypatch.setattr(distributed, "any_process", lambda flag: flag or not fits_elsewhere)
+    filled = []
+    monkeypatch.setattr(inputs, "_on_device", lambda *args: filled.append(args))
+    train_input(digits(), 10, seed=0, sharding=sharding_over(1), placement="auto")
+    assert len(filled) == fits_elsewhere
 
 
 def test_what_does_not_fit_is_refused(monkeypatch):

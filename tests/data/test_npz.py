@@ -10,7 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from gfa_jax.data import load
+from gfa_jax.data import load, open_lazily
 
 
 def arrays(dtype=np.uint8, num_train=7, num_test=3, shape=(4, 5, 3)):
@@ -53,6 +53,16 @@ def test_arrays_round_trip(dtype, tmp_path):
     validation = load(name, "validation", num_validation=2)
     train = load(name, "train", num_validation=2)
     assert sorted([*train.ids, *validation.ids]) == list(range(7))
+
+
+def test_lazy_arrays_are_read_from_the_file_once(tmp_path):
+    name = save(tmp_path / "set.npz", **arrays(np.float64))
+    whole = load(name, "train", num_validation=2)
+    lazy = open_lazily(name, "train", num_validation=2)
+    (tmp_path / "set.npz").unlink()
+    for positions in (np.array([4, 0]), np.array([2])):
+        for got, expected in zip(lazy.read(positions), whole.read(positions), strict=True):
+            np.testing.assert_array_equal(got, expected, strict=True)
 
 
 def test_arrays_without_channels_get_one(tmp_path):

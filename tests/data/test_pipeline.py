@@ -121,6 +121,23 @@ def test_eval_batches_cover_the_set_in_order_with_one_shape(num, batch_size):
     assert set(ids[~mask]) <= {1000}
 
 
+@pytest.mark.parametrize("process_count", [2, 3, 6])
+def test_processes_share_every_eval_batch(process_count):
+    dataset = make_dataset(14)
+    wholes = list(eval_batches(dataset, 6))
+    shares = [
+        list(eval_batches(dataset, 6, process_index=index, process_count=process_count))
+        for index in range(process_count)
+    ]
+    assert {len(share) for share in shares} == {len(wholes)} == {3}
+    for whole, *parts in zip(wholes, *shares, strict=True):
+        for key, value in whole.items():
+            joined = np.concatenate([part[key] for part in parts])
+            np.testing.assert_array_equal(joined, value, strict=True)
+    with pytest.raises(ValueError, match="divisible by process_count = 4, got 6"):
+        eval_batches(dataset, 6, process_count=4)
+
+
 def test_eval_batches_is_lazy_but_checks_at_once():
     assert inspect.isgenerator(eval_batches(make_dataset(3), 2))
     with pytest.raises(ValueError, match="batch_size=0"):

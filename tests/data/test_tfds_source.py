@@ -1,14 +1,18 @@
 """Tests of gfa_jax.data.tfds_source on prepared tfds folders."""
 
+import gc
 import gzip
 import os
 import pathlib
 import sys
+import threading
+import time
 
+import jax
 import numpy as np
 import pytest
 
-from gfa_jax.data import load, open_lazily, prepare, tfds_source
+from gfa_jax.data import load, open_lazily, prepare, tfds_source, train_batch, train_input
 
 
 @pytest.fixture(scope="module")
@@ -111,11 +115,10 @@ def test_tfds_decodes_only_what_is_asked_for(mnist_dir, monkeypatch):
         tfds_source, "_decode_image", lambda *args: decoded.append(args) or decode(*args)
     )
     full = load("tfds:mnist", "train", data_dir=mnist_dir)
-    # One more than the images: the first tells the shape.
-    assert len(decoded) == 21
+    assert len(decoded) == 20
     decoded.clear()
     part = load("tfds:mnist", "train", data_dir=mnist_dir, max_examples=5)
-    assert len(decoded) == 6
+    assert len(decoded) == 5
     np.testing.assert_array_equal(part.images, full.images[:5])
     np.testing.assert_array_equal(part.ids, full.ids[:5])
 
@@ -273,11 +276,69 @@ def test_lazy_reads_decode_what_is_asked_for_and_open_files_once(mnist_dir, monk
         tfds_source, "_decode_image", lambda *args: decoded.append(1) or decode(*args)
     )
     lazy = open_lazily("tfds:mnist", "train", data_dir=mnist_dir, num_validation=5)
-    assert len(decoded) == 1 + 1  # the first one's shape, and itself
+    assert len(decoded) == 1  # the first one, for its shape
     whole = load("tfds:mnist", "train", data_dir=mnist_dir, num_validation=5)
     decoded.clear()
     for positions in (np.array([3, 1]), np.array([14]), np.array([0, 7, 3])):
         for got, expected in zip(lazy.read(positions), whole.read(positions), strict=True):
             np.testing.assert_array_equal(got, expected)
-    assert len(decoded) == 6 + 3
+    assert len(decoded) == 6
     assert lazy.image_shape == (28, 28, 1)
+    assert lazy.label_names == whole.label_names == tuple("0123456789")
+
+
+def test_a_small_read_is_decoded_by_several_threads(mnist_dir, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    lazy = open_lazily("tfds:mnist", "train", data_dir=mnist_dir)
+    decode = tfds_source._decode_image
+    meeting = threading.Barrier(4, timeout=60)
+    met = {threading.get_ident()}  # the caller decodes the first image, for the shape
+
+    def decode_together(*args):
+        if threading.get_ident() not in met:
+            met.add(threading.get_ident())
+            meeting.wait()
+        return decode(*args)
+
+    monkeypatch.setattr(tfds_source, "_decode_image", decode_together)
+    images, labels, ids = lazy.read(np.arange(20))
+    assert len(met) == 1 + 4
+    monkeypatch.undo()
+    whole = load("tfds:mnist", "train", data_dir=mnist_dir)
+    np.testing.assert_array_equal(images, whole.images)
+    np.testing.assert_array_equal(labels, whole.labels)
+    np.testing.assert_array_equal(ids, whole.ids)
+
+
+def test_a_stream_of_tfds_gives_the_batches_of_the_set_in_memory_and_closes_its_files(mnist_dir):
+    pytest.importorskip("grain")
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    threads = threading.active_count()
+    lazy = open_lazily("tfds:mnist", "train", data_dir=mnist_dir, num_validation=5)
+    whole = load("tfds:mnist", "train", data_dir=mnist_dir, num_validation=5)
+    batch_at = train_input(lazy, 8, seed=1, sharding=sharding, placement="stream")
+    for step in (0, 1, 2, 3, 30, 31, 2):  # fifteen examples an epoch
+        batch, expected = batch_at(step), train_batch(whole, 8, seed=1, step=step)
+        np.testing.assert_array_equal(batch["inputs"], expected["inputs"], strict=True)
+        np.testing.assert_array_equal(batch["labels"], expected["labels"], strict=True)
+    if pathlib.Path("/proc/self/fd").is_dir():
+        assert open_files(mnist_dir)
+    del batch_at, lazy, whole
+    deadline = time.monotonic() + 30
+    while threading.active_count() > threads or open_files(mnist_dir):
+        assert time.monotonic() < deadline, (threading.enumerate(), open_files(mnist_dir))
+        gc.collect()
+        time.sleep(0.02)
+
+
+def open_files(folder):
+    """Returns the files in a folder that this process has open; none where it cannot be told."""
+    links = pathlib.Path("/proc/self/fd")
+    targets = []
+    for link in links.iterdir() if links.is_dir() else ():
+        try:
+            targets.append(os.readlink(link))
+        except FileNotFoundError:  # closed meanwhile
+            continue
+    return [target for target in targets if target.startswith(folder)]
