@@ -166,11 +166,17 @@ def resume(
 
 
 def kill(workdir: pathlib.Path, after: float, expected: Outcome) -> Trial:
-    """Kills a run so many seconds after its start, wherever it is then."""
+    """Kills a run so many seconds after its start, wherever it is then.
+
+    One that has ended by then is begun again, with less time.
+    """
     process = start(workdir)
     time.sleep(after)
     process.send_signal(signal.SIGKILL)
     code = process.wait()
+    if code == 0:
+        shutil.rmtree(workdir)
+        return kill(workdir, 0.8 * after, expected)
     rows = metrics.read(workdir / "metrics.jsonl")
     if any((workdir / "checkpoints").glob("*orbax-checkpoint-tmp*")):
         where = "while a checkpoint was written"

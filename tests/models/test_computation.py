@@ -52,6 +52,12 @@ def cosine(one, other):
     return one @ other / np.linalg.norm(one) / np.linalg.norm(other)
 
 
+def distance(found, expected):
+    """As a share of the expected length: unlike the cosine it sees a wrong scale."""
+    found, expected = flat(found), flat(expected)
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
 @pytest.mark.parametrize(("name", "homogeneous"), FORMS)
 def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32(name, homogeneous, key):
     module, params, model_state = initialize(name, homogeneous, key, dtype="bfloat16")
@@ -101,17 +107,22 @@ def test_rematerialised_blocks_change_nothing(name, homogeneous, key):
     (loss, aux), grads = gradients(name, module, params, model_state, key)
     (remat_loss, remat_aux), remat_grads = gradients(name, remat, params, model_state, key)
     assert set(aux.metrics) == set(remat_aux.metrics)
-    assert cosine(grads, remat_grads) > 1 - 1e-6
+    chex.assert_trees_all_equal_structs(grads, remat_grads)
+    assert distance(remat_grads, grads) < 1e-3
     chex.assert_trees_all_close((loss, aux), (remat_loss, remat_aux), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("name", "homogeneous", "most"), [("preact_resnet18", False, 0.9), ("vit_tiny", False, 0.5)]
+    ("name", "homogeneous", "most"),
+    [("cnn4", True, 0.85), ("preact_resnet18", False, 0.7), ("vit_tiny", False, 0.5)],
 )
 def test_rematerialised_blocks_keep_less_for_the_double_backward(
     name, homogeneous, most, key, capsys
 ):
-    """What differentiation keeps, in JAX's own account; XLA:CPU undoes it, GPUs and TPUs do not."""
+    """What differentiation keeps, in JAX's own account; XLA:CPU drops the barriers and undoes it.
+
+    Measured: .81, .59 and .45 of what is kept without.
+    """
 
     def num_kept(remat):
         module, params, model_state = initialize(name, homogeneous, key, remat=remat)
@@ -149,11 +160,25 @@ def test_batch_norm_sees_the_whole_batch_of_mapped_devices(objective, key):
         return jax.pmap(on_device, axis_name="devices", out_axes=None)(dealt)
 
     mapped_loss, mapped_state, grads = mapped_gradients("devices")
-    assert cosine(grads, expected) > 1 - 1e-5
+    assert distance(grads, expected) < 5e-3
     assert float(mapped_loss) == pytest.approx(float(loss), rel=1e-4)
     chex.assert_trees_all_close(mapped_state, aux.model_state, rtol=1e-4, atol=1e-5)
     # Each device's own statistics are another function.
-    assert cosine(mapped_gradients(None)[2], expected) < 1 - 1e-3
+    assert distance(mapped_gradients(None)[2], expected) > 5e-2
+
+
+def test_batch_norm_needs_the_mapped_axis_in_training_mode_alone(key):
+    module = build("preact_resnet18", False, axis_name="devices")
+    images = jnp.zeros(SHAPES["preact_resnet18"])
+    variables = jax.eval_shape(module.init, key, images)
+
+    def forward(train):
+        apply = functools.partial(module.apply, train=train, mutable="batch_stats")
+        return jax.eval_shape(apply, variables, images)[0]
+
+    assert forward(train=False).shape == (16, 5)
+    with pytest.raises(NameError, match="devices"):
+        forward(train=True)
 
 
 def test_an_unknown_dtype_is_refused():

@@ -1,6 +1,8 @@
 """The canonical convolution equals lax in value and in every derivative, and Normalize its
 formula."""
 
+import functools
+
 import chex
 import flax.linen as nn
 import jax
@@ -74,15 +76,32 @@ def test_second_derivatives(case):
         chex.assert_trees_all_close(*results, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["same_large", "few_inputs", "few_outputs"])
+@pytest.mark.parametrize("name", ["same_small", "same_large", "few_inputs", "few_outputs"])
 def test_bfloat16_is_rounded_once(name, key):
+    """In value, in first derivatives, and in the derivatives of each of these."""
     shape, kernel_shape, padding = CASES[name]
-    inputs = jax.random.normal(key, shape, jnp.bfloat16)
-    kernel = jax.random.normal(key, kernel_shape, jnp.bfloat16)
-    found = jax.jit(canonical, static_argnums=2)(inputs, kernel, padding)
-    assert found.dtype == jnp.bfloat16
-    exact = reference(inputs.astype(jnp.float32), kernel.astype(jnp.float32), padding)
-    chex.assert_trees_all_close(found.astype(jnp.float32), exact, rtol=2**-8, atol=1e-5)
+    keys = jax.random.split(key, 3)
+    # Positive on average: sums of many terms would show rounding on the way.
+    inputs = 1 + jax.random.normal(keys[0], shape, jnp.bfloat16)
+    kernel = jax.random.normal(keys[1], kernel_shape, jnp.bfloat16)
+    shape = reference(inputs, kernel, padding).shape
+    cotangent = 1 + jax.random.normal(keys[2], shape, jnp.bfloat16)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def derivatives(conv, inputs, kernel, cotangent):
+        def first(which, inputs, kernel, cotangent):
+            return jax.vjp(lambda x, k: conv(x, k, padding), inputs, kernel)[1](cotangent)[which]
+
+        arrays = (inputs, kernel, cotangent)
+        pulled = [jax.vjp(functools.partial(first, which), *arrays) for which in (0, 1)]
+        second = [pull(array) for (_, pull), array in zip(pulled, (inputs, kernel), strict=True)]
+        return conv(inputs, kernel, padding), [value for value, _ in pulled], second
+
+    found = derivatives(canonical, inputs, kernel, cotangent)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("bfloat16")}
+    wide = (array.astype(jnp.float32) for array in (inputs, kernel, cotangent))
+    found = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), found)
+    chex.assert_trees_all_close(found, derivatives(reference, *wide), rtol=2**-8, atol=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 8, 3), (2, 5, 7, 3), (1, 2, 3, 1)])
