@@ -30,10 +30,6 @@ FORMS = ("linear", "log", "squared", "absolute", "tangential")
 _LOG_SHARPNESS = 20.0
 
 
-def _wide(vectors: Array) -> Array:
-    return vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32))
-
-
 def alignment(features: Array, grads: Array, norm: str = "l2") -> Array:
     """Returns the alignment of each example, in [-1, 1].
 
@@ -53,7 +49,7 @@ def alignment(features: Array, grads: Array, norm: str = "l2") -> Array:
     """
     chex.assert_equal_shape([features, grads])
     dual_norm = norms.dual(norm)
-    features, grads = norms.rescale(_wide(features))[0], norms.rescale(_wide(grads))[0]
+    features, grads = norms.rescale(norms.wide(features))[0], norms.rescale(norms.wide(grads))[0]
     product = norms.vector_norm(features, norm) * norms.vector_norm(grads, dual_norm)
     nonzero = product > 0
     return jnp.where(nonzero, -norms.dot(features, grads) / jnp.where(nonzero, product, 1), 0)
@@ -87,7 +83,7 @@ def penalty(features: Array, grads: Array, *, form: str = "log", norm: str = "l2
             raise ValueError(
                 f"norm={norm!r}: the form 'tangential' is defined for the norm 'l2' alone."
             )
-        features, grads = _wide(features), _wide(grads)
+        features, grads = norms.wide(features), norms.wide(grads)
         tangential = radial_tangential(grads, features)[1]
         return norms.vector_norm(tangential, "l2") * norms.vector_norm(features, "l2")
     cosine = alignment(features, grads, norm)
@@ -108,9 +104,10 @@ def radial_tangential(vectors: Array, reference: Array) -> tuple[Array, Array]:
       reference: the features, the same shape. Where it is zero, all is tangential.
 
     Returns:
-      ``(radial, tangential)``, each ``[B, ...]``; they sum to ``vectors``.
+      ``(radial, tangential)``, each ``[B, ...]`` and float32 or wider; they sum to ``vectors``.
     """
     chex.assert_equal_shape([vectors, reference])
+    vectors, reference = norms.wide(vectors), norms.wide(reference)
     direction, _ = norms.rescale(reference)
     squared = norms.dot(direction, direction)
     coefficient = norms.dot(vectors, direction) / jnp.where(squared > 0, squared, 1)
@@ -120,8 +117,8 @@ def radial_tangential(vectors: Array, reference: Array) -> tuple[Array, Array]:
 
 def tangential_share(vectors: Array, reference: Array) -> Array:
     """Returns ``|v_t|_2^2 / |v|_2^2`` in [0, 1], float ``[B]``; 0 for a zero vector."""
-    vectors, _ = norms.rescale(_wide(vectors))
-    tangential = radial_tangential(vectors, _wide(reference))[1]
+    vectors, _ = norms.rescale(norms.wide(vectors))
+    tangential = radial_tangential(vectors, norms.wide(reference))[1]
     total = norms.dot(vectors, vectors)
     return jnp.where(
         total > 0, norms.dot(tangential, tangential) / jnp.where(total > 0, total, 1), 0
@@ -142,5 +139,5 @@ def radial_degree(features: Array, logit_grads: Array, logits: Array) -> Array:
         left out of averages.
     """
     chex.assert_equal_shape([features, logit_grads])
-    radial = norms.dot(_wide(features), _wide(logit_grads))
+    radial = norms.dot(norms.wide(features), norms.wide(logit_grads))
     return jnp.where(logits == 0, jnp.nan, radial / jnp.where(logits == 0, 1, logits))

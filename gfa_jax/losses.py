@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gfa_jax import _validate
+from gfa_jax import _validate, norms
 from gfa_jax.types import Array, LossFn, TargetedLossFn
 
 
@@ -25,16 +25,12 @@ def _without(logits: Array, labels: Array) -> Array:
     return jnp.where(is_label, -jnp.inf, logits)
 
 
-def _wide(logits: Array) -> Array:
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-
-
 def cross_entropy(logits: Array, labels: Array) -> Array:
     """Returns ``-log softmax(logits)_y``.
 
     Its gradient vanishes in float32 once the margin passes about 100.
     """
-    return optax.losses.softmax_cross_entropy_with_integer_labels(_wide(logits), labels)
+    return optax.losses.softmax_cross_entropy_with_integer_labels(norms.wide(logits), labels)
 
 
 def log_odds(logits: Array, labels: Array) -> Array:
@@ -43,13 +39,13 @@ def log_odds(logits: Array, labels: Array) -> Array:
     Its gradient has the direction of the cross-entropy's (``grad CE = (1 - p_y) grad log_odds``)
     but does not vanish as ``p_y -> 1``.
     """
-    logits = _wide(logits)
+    logits = norms.wide(logits)
     return jax.nn.logsumexp(_without(logits, labels), axis=1) - _at(logits, labels)
 
 
 def margin(logits: Array, labels: Array) -> Array:
     """Returns ``max_{k != y} z_k - z_y``: positive where misclassified, 0 at a tie."""
-    logits = _wide(logits)
+    logits = norms.wide(logits)
     return jnp.max(_without(logits, labels), axis=1) - _at(logits, labels)
 
 
@@ -69,7 +65,7 @@ def _largest(logits: Array, count: int) -> list[Array]:
 
 def class_difference(logits: Array, labels: Array, others: Array) -> Array:
     """Returns ``z_k - z_y`` for the classes ``k = others [B]``."""
-    logits = _wide(logits)
+    logits = norms.wide(logits)
     return _at(logits, others) - _at(logits, labels)
 
 
@@ -80,7 +76,7 @@ def dlr(logits: Array, labels: Array) -> Array:
     6). With two classes there is no third logit and the ratio would be constant, so the margin is
     returned, as a fall-back of this library's own.
     """
-    logits = _wide(logits)
+    logits = norms.wide(logits)
     if logits.shape[1] < 3:
         return margin(logits, labels)
     first, _, third = _largest(logits, 3)
@@ -93,7 +89,7 @@ def dlr_targeted(logits: Array, labels: Array, targets: Array) -> Array:
     Source: Croce & Hein 2020, arXiv 2003.01208, eq. 7. With three classes the denominator is
     ``z_(1) - z_(3)``, with two it is 1: fall-backs of this library's own.
     """
-    logits = _wide(logits)
+    logits = norms.wide(logits)
     difference = class_difference(logits, labels, targets)
     num_classes = logits.shape[1]
     if num_classes < 3:
@@ -108,8 +104,8 @@ def kl(logits: Array, reference_logits: Array) -> Array:
 
     It is the inner and the outer loss of TRADES.
     """
-    log_probs = jax.nn.log_softmax(_wide(logits))
-    reference_log_probs = jax.nn.log_softmax(_wide(reference_logits))
+    log_probs = jax.nn.log_softmax(norms.wide(logits))
+    reference_log_probs = jax.nn.log_softmax(norms.wide(reference_logits))
     return optax.losses.kl_divergence_with_log_targets(log_probs, reference_log_probs)
 
 

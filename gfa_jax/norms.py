@@ -30,6 +30,11 @@ def expand(scalars: Array, vectors: Array) -> Array:
     return scalars.reshape(scalars.shape + (1,) * (vectors.ndim - 1))
 
 
+def wide(values: Array) -> Array:
+    """Returns half precision as float32, and wider dtypes as they are."""
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+
+
 def dot(left: Array, right: Array) -> Array:
     """Returns the inner products ``[B]`` of two ``[B, ...]`` arrays."""
     return jnp.sum(flatten(left) * flatten(right), axis=1)

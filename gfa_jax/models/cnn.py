@@ -6,7 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from gfa_jax import _validate
+from gfa_jax import _validate, norms
 from gfa_jax.models import layers
 from gfa_jax.types import Array
 
@@ -151,4 +151,4 @@ class CNN(nn.Module):
             kernel_init=layers.HEAD_INITIALIZER,
             name="head",
         )
-        return head(layers.at_least_float32(hidden))
+        return head(norms.wide(hidden))

@@ -80,11 +80,6 @@ def rematerialized(block: type[nn.Module], remat: bool) -> type[nn.Module]:
     return nn.remat(block, static_argnums=(2,)) if remat else block
 
 
-def at_least_float32(values: Array) -> Array:
-    """Returns half precision as float32, and wider dtypes as they are."""
-    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
-
-
 def average_pool(images: Array) -> Array:
     """Averages windows of 2x2 pixels, ``[B, H, W, C]`` to ``[B, H // 2, W // 2, C]``.
 

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from gfa_jax import _validate
+from gfa_jax import _validate, norms
 from gfa_jax.models import layers
 from gfa_jax.types import Array
 
@@ -162,7 +162,7 @@ class ViT(nn.Module):
         tokens = nn.LayerNorm(dtype=self.dtype, name="norm")(tokens)
         pooled = tokens[:, 0] if self.pooling == "token" else tokens.mean(axis=1)
         head = nn.Dense(self.num_classes, kernel_init=layers.HEAD_INITIALIZER, name="head")
-        return head(layers.at_least_float32(pooled))
+        return head(norms.wide(pooled))
 
     def _positions(self, rows: int, columns: int) -> Array:
         """Returns the embeddings of the patches' places, ``[1, N, D]``."""

@@ -229,7 +229,7 @@ def _finite_difference_penalty(
         difference = target_fn(displaced_logits, labels) - target_fn(logits, labels)
         surrogate = jnp.sum(difference / scale)
         for name, slope in feature_slopes.items():
-            surrogate += jnp.sum(norms.dot(slope, features[name]))
+            surrogate += jnp.sum(norms.dot(norms.wide(slope), norms.wide(features[name])))
         return (
             jax.lax.stop_gradient(value) + surrogate - jax.lax.stop_gradient(surrogate),
             metrics,
@@ -246,8 +246,8 @@ def _norm_ratio(features: Array, slopes: Array) -> Array:
     It is 1e30, no limit, where either is zero: a dead layer must not freeze the others.
     """
     (features, feature_scale), (slopes, slope_scale) = (
-        norms.rescale(features),
-        norms.rescale(slopes),
+        norms.rescale(norms.wide(features)),
+        norms.rescale(norms.wide(slopes)),
     )
     size, slope = norms.vector_norm(features, "l2"), norms.vector_norm(slopes, "l2")
     usable = (size > 0) & (slope > 0)
