@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 _BYTES = {"token": 0, "pred": 1, "s4": 1, "u4": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2}
@@ -20,6 +22,13 @@ _CALLED = re.compile(
     r"\{?(%[\w.-]+(?:, *%[\w.-]+)*)"
 )
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+_LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
+_IOTA = re.compile(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\]"
+    r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+)
+"""The forms in which groups of devices are written; a mesh's with the axes that a group spans."""
 
 
 class Traffic(NamedTuple):
@@ -34,6 +43,28 @@ class Traffic(NamedTuple):
     num_bytes: int
 
 
+class Transfer(NamedTuple):
+    """What collectives of one kind do among groups of devices in a call of a program.
+
+    Attributes:
+      kind: one of ``KINDS``.
+      size: devices of a group.
+      stride: from one device of a group to the next.
+      num_times: how often they run.
+      num_bytes: of their results on one device, all runs together.
+    """
+
+    kind: str
+    size: int
+    stride: int
+    num_times: int
+    num_bytes: int
+
+
+_Key = tuple[str, int, int]
+_Totals = dict[_Key, Traffic]
+
+
 def count(hlo: str) -> dict[str, Traffic]:
     """Returns the collectives of a compiled program by kind, those of loops as often as they run.
 
@@ -42,6 +73,24 @@ def count(hlo: str) -> dict[str, Traffic]:
 
     Raises:
       ValueError: for collectives in a loop of which XLA does not know the number of iterations.
+    """
+    found: dict[str, Traffic] = {}
+    for kind, _, _, num_times, num_bytes in transfers(hlo, 1):
+        before = found.get(kind, Traffic(0, 0))
+        found[kind] = Traffic(before.num_times + num_times, before.num_bytes + num_bytes)
+    return found
+
+
+def transfers(hlo: str, num_devices: int) -> list[Transfer]:
+    """Returns the collectives of a compiled program by kind and group, loops as in ``count``.
+
+    Args:
+      hlo: ``compiled.as_text()``.
+      num_devices: of the program; a collective whose groups are not understood is taken for one of
+        all devices.
+
+    Raises:
+      ValueError: as ``count``.
     """
     bodies: dict[str, list[str]] = {}
     entry = ""
@@ -53,15 +102,21 @@ def count(hlo: str) -> dict[str, Traffic]:
                 entry = header.group(1)
         elif " = " in line:
             lines.append(line.strip())
-    return {kind: traffic for kind, traffic in _of(entry, bodies).items() if traffic.num_times}
+    totals = _of(entry, bodies, num_devices)
+    return [Transfer(*key, *totals[key]) for key in sorted(totals, key=_order)]
 
 
-def _of(name: str, bodies: Mapping[str, Sequence[str]]) -> dict[str, Traffic]:
-    totals = dict.fromkeys(KINDS, Traffic(0, 0))
+def _order(key: _Key) -> tuple[int, int, int]:
+    kind, size, stride = key
+    return KINDS.index(kind), -size, stride
 
-    def add(kind: str, times: int, traffic: Traffic) -> None:
-        before = totals[kind]
-        totals[kind] = Traffic(
+
+def _of(name: str, bodies: Mapping[str, Sequence[str]], num_devices: int) -> _Totals:
+    totals: _Totals = {}
+
+    def add(key: _Key, times: int, traffic: Traffic) -> None:
+        before = totals.get(key, Traffic(0, 0))
+        totals[key] = Traffic(
             before.num_times + times * traffic.num_times,
             before.num_bytes + times * traffic.num_bytes,
         )
@@ -75,9 +130,10 @@ def _of(name: str, bodies: Mapping[str, Sequence[str]]) -> dict[str, Traffic]:
             continue  # Counted where it started.
         kind = operation.removesuffix("-start")
         if kind in KINDS:
-            add(kind, 1, Traffic(1, _size(_received(result, operation))))
+            key = (kind, *_group(line, num_devices))
+            add(key, 1, Traffic(1, _size(_received(result, operation))))
         called = [
-            _of(inner.strip().lstrip("%"), bodies)
+            _of(inner.strip().lstrip("%"), bodies, num_devices)
             for names in _CALLED.findall(line)
             for inner in names.split(",")
         ]
@@ -107,7 +163,37 @@ def _received(result: str, operation: str) -> str:
     return parts[1] if len(parts) > 1 else result
 
 
-def _iterations(line: str, found: dict[str, Traffic]) -> int:
+def _group(line: str, num_devices: int) -> tuple[int, int]:
+    """Returns the size and stride of the groups of a collective, by that of device 0."""
+    if match := _LISTED.search(line):
+        members = np.array(_integers(match[1]))
+    elif match := _IOTA.search(line):
+        members = _devices(match[2], match[3])[: int(match[1])]
+    elif match := _MESH.search(line):
+        names, sizes = zip(*re.findall(r"'([^']+)'=(\d+)", match[1]), strict=True)
+        shape = [int(size) for size in sizes]
+        spanned = re.findall(r"'([^']+)'", match[4])
+        devices = _devices(match[2] or str(math.prod(shape)), match[3]).reshape(shape)
+        if ":" in match[4]:  # part of an axis
+            return num_devices, 1
+        members = devices[tuple(slice(None) if n in spanned else 0 for n in names)].ravel()
+    else:
+        return num_devices, 1
+    members = np.sort(members)
+    return len(members), int(members[1] - members[0]) if len(members) > 1 else 1
+
+
+def _integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _devices(shape: str, order: str | None) -> np.ndarray:
+    """Returns device numbers in the order that ``[4,2]T(1,0)`` says."""
+    numbers = np.arange(math.prod(_integers(shape))).reshape(_integers(shape))
+    return (numbers.transpose(_integers(order)) if order else numbers).ravel()
+
+
+def _iterations(line: str, found: _Totals) -> int:
     trips = _TRIPS.search(line)
     if trips:
         return int(trips.group(1))
@@ -126,21 +212,3 @@ def _size(result: str) -> int:
             raise ValueError(f"the program sends {dtype}[{shape}], an unknown type.")
         total += width * math.prod(int(size) for size in shape.split(",") if size)
     return total
-
-
-def sent_bytes(traffic: Mapping[str, Traffic], num_devices: int) -> float:
-    """Returns what a device sends over a ring of all devices, in bytes.
-
-    With n devices and R bytes of results: ``2 (n - 1) / n R`` for an all-reduce (a reduce-scatter
-    and an all-gather), ``(n - 1) / n R`` for an all-gather and an all-to-all, ``(n - 1) R`` for a
-    reduce-scatter, whose result is a share, and R for a permutation.
-    """
-    others = num_devices - 1
-    factors = {
-        "all-reduce": 2 * others / num_devices,
-        "all-gather": others / num_devices,
-        "all-to-all": others / num_devices,
-        "reduce-scatter": float(others),
-        "collective-permute": 1.0,
-    }
-    return sum(factors[kind] * one.num_bytes for kind, one in traffic.items())

@@ -1,5 +1,6 @@
 """What a training would cost: the step compiled ahead of time, without data and without a run."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,9 +28,11 @@ def plan(config: TrainConfig) -> dict[str, Any]:
 
     Returns:
       ``parameters`` and ``parameter_bytes``; ``flops`` of a step over the global batch, matrix
-      products and convolutions, loops as often as they run; ``memory_bytes`` of a device at the
-      step's peak; ``collectives``: ``{kind: {num_times, num_bytes}}`` of one device and step;
-      ``devices``, their number; ``expected_seconds`` of a step on as many of each of ``DEVICES``.
+      products and convolutions, loops as often as they run; ``forward_flops`` of the model on that
+      batch; ``memory_bytes`` of a device at the step's peak; ``collectives``: ``{kind: {num_times,
+      num_bytes}}`` of one device and step, and ``transfers``, the same by groups of devices (the
+      fields of ``collectives.Transfer``); ``devices``, their number; ``expected_seconds`` of a step
+      on as many of each of ``DEVICES``.
 
     Raises:
       ValueError: for a bad config, or data that does not fit.
@@ -61,20 +64,24 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         + memory.temp_size_in_bytes
         - memory.alias_size_in_bytes
     )
-    traffic = collectives.count(program)
+    transfers = collectives.transfers(program, num_devices)
+    variables = {"params": template.params, **template.model_state}
+    forward = functools.partial(built.module.apply, train=False)
     leaves = jax.tree.leaves(template.params)
-    expected = {
-        name: operations / num_devices / (UTILISATION * device.peak[config.precision])
-        + collectives.sent_bytes(traffic, num_devices) / device.link
-        for name, device in DEVICES.items()
-    }
+    expected = {}
+    for name, device in DEVICES.items():
+        peak = device.peak_of(config.precision, config.model.dtype)
+        products = operations / num_devices / (UTILISATION * peak)
+        expected[name] = products + sum(device.seconds(transfers))
     return {
         "parameters": state.num_params(template.params),
         "parameter_bytes": sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in leaves),
         "flops": operations,
+        "forward_flops": flops.count(forward, variables, jax.ShapeDtypeStruct(images, jnp.float32)),
         "devices": num_devices,
         "memory_bytes": peak_bytes,
-        "collectives": {kind: one._asdict() for kind, one in traffic.items()},
+        "collectives": {kind: one._asdict() for kind, one in collectives.count(program).items()},
+        "transfers": [one._asdict() for one in transfers],
         "expected_seconds": expected,
     }
 
@@ -96,8 +103,8 @@ def text(config: TrainConfig, found: Mapping[str, Any]) -> str:
     if not found["collectives"]:
         lines.append("no collectives in a step")
     lines.append(
-        f"expected at {UTILISATION:.0%} of the peak in precision {config.precision!r}, then links "
-        "at theirs:"
+        f"expected at {UTILISATION:.0%} of the peak in precision {config.precision!r}, dtype "
+        f"{config.model.dtype!r}, then collectives (docs/scaling.md):"
     )
     for name, seconds in found["expected_seconds"].items():
         fits = found["memory_bytes"] <= DEVICES[name].memory

@@ -114,15 +114,49 @@ def test_unknown_types_are_refused():
         collectives.count(text)
 
 
-def test_what_a_ring_sends():
-    def sent(kind, num_bytes, num_devices):
-        return collectives.sent_bytes({kind: collectives.Traffic(1, num_bytes)}, num_devices)
+@pytest.mark.parametrize(
+    ("groups", "size", "stride"),
+    [
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}", 4, 1),
+        ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", 2, 4),
+        ("replica_groups=[1,8]<=[8]", 8, 1),
+        ("replica_groups=[4,2]<=[8]", 2, 1),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", 4, 2),
+        ("replica_groups=mesh['a'=1,'b'=8] {'b'}", 8, 1),
+        ("replica_groups=mesh['a'=4,'b'=2] {'b'}", 2, 1),
+        ("replica_groups=mesh['a'=4,'b'=2] {'a'}", 4, 2),
+        ("replica_groups=mesh['a'=4,'b'=2] {'a','b'}", 8, 1),
+        # The mesh's own order: devices 0, 2, 4, 6, and then 1, 3, 5, 7.
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}", 2, 1),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", 4, 2),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", 8, 1),
+        ("replica_groups={}", 8, 1),
+        ("source_target_pairs={{0,1},{1,0}}", 8, 1),
+    ],
+)
+def test_groups(groups, size, stride):
+    text = f"ENTRY %m (p: f32[4]) -> f32[4] {{\n  %a = f32[4]{{0}} all-gather(%p), {groups}\n}}\n"
+    assert collectives.transfers(text, 8) == [("all-gather", size, stride, 1, 16)]
 
-    assert sent("all-reduce", 800, 1) == 0
-    assert sent("all-reduce", 800, 8) == 1400
-    assert sent("all-gather", 800, 8) == 700
-    assert sent("reduce-scatter", 100, 8) == 700
-    assert sent("collective-permute", 800, 8) == 800
+
+def test_groups_of_a_compiled_program():
+    """Sums over one axis of a mesh, and over the other, as XLA writes them."""
+    mesh = layout.data_mesh(jax.devices()[:4], fsdp=2)
+
+    def sums(inputs):
+        return (
+            jax.lax.psum(inputs, "data"),
+            jax.lax.psum(inputs * inputs, "fsdp")[:3],
+            jax.lax.psum(jnp.sin(inputs), ("data", "fsdp"))[:1],
+        )
+
+    spec = jax.sharding.PartitionSpec(("data", "fsdp"))
+    mapped = jax.jit(jax.shard_map(sums, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+    text = mapped.lower(jax.ShapeDtypeStruct((32,), jnp.float32)).compile().as_text()
+    found = {(one.size, one.stride) for one in collectives.transfers(text, 4)}
+    assert found == {(4, 1), (2, 1), (2, 2)}
+    total = collectives.count(text)["all-reduce"]
+    assert total.num_bytes == sum(one.num_bytes for one in collectives.transfers(text, 4))
 
 
 def test_unknown_numbers_of_iterations_are_refused():

@@ -8,8 +8,9 @@ import sys
 import jax
 import pytest
 
-from configs import cifar10_standard, digits_pgd_at, digits_standard
+from configs import cifar10_baselines, cifar10_standard, digits_pgd_at, digits_standard
 from gfa_jax.training import dry_run
+from gfa_jax.training.devices import DEVICES
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -29,6 +30,7 @@ def test_figures_of_a_step(standard):
     forward = first + second + third + fourth + 32 * 10
     # (On CPU, the first kernel's gradient is a sum of products and not a convolution.)
     assert standard["flops"] == pytest.approx(64 * 2 * (3 * forward - first), rel=0.01)
+    assert standard["forward_flops"] == pytest.approx(64 * 2 * (forward - first), rel=0.01)
     assert standard["devices"] == jax.device_count()
     # Parameters, two moments of AdamW, and a share of the images at least.
     assert standard["memory_bytes"] > 3 * standard["parameter_bytes"]
@@ -48,16 +50,27 @@ def test_data_parallel_training_reduces_gradients_once_and_attacks_nothing(stand
 
 def test_expected_times_follow_from_the_data_sheets(standard):
     each = standard["flops"] / standard["devices"]
-    # A ring of four sends every byte one and a half times.
+    # A ring of four sends every byte one and a half times: on two open axes of a TPU over half of
+    # its links, whose hops are two, there and back.
     assert standard["devices"] == 4
     sent = 1.5 * standard["collectives"]["all-reduce"]["num_bytes"]
-    assert standard["expected_seconds"]["TPU v5e"] == pytest.approx(
-        each / (0.4 * 197e12) + sent / 200e9
-    )
+    network = sent / 100e9 + 4e-6
+    assert standard["expected_seconds"]["TPU v5e"] == pytest.approx(each / (0.4 * 197e12) + network)
     config = dataclasses.replace(digits_standard.get_config(), precision="highest")
     precise = dry_run.plan(config)["expected_seconds"]
-    assert precise["TPU v5e"] == pytest.approx(6 * each / (0.4 * 197e12) + sent / 200e9)
-    assert precise["H100 SXM"] == pytest.approx(each / (0.4 * 67e12) + sent / 450e9)
+    assert precise["TPU v5e"] == pytest.approx(6 * each / (0.4 * 197e12) + network)
+    network = sent / 450e9 + 6.8e-6 + 6 * 0.6e-6
+    assert precise["H100 SXM"] == pytest.approx(each / (0.4 * 67e12) + network)
+
+
+def test_bfloat16_counts_at_its_own_peak(standard):
+    config = digits_standard.get_config()
+    half = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
+    faster = dry_run.plan(half)["expected_seconds"]
+    for name, device in DEVICES.items():
+        each = standard["flops"] / standard["devices"] / 0.4
+        saved = each / device.peak["default"] - each / device.half_peak
+        assert standard["expected_seconds"][name] - faster[name] == pytest.approx(saved, abs=1e-9)
 
 
 def test_a_batch_that_does_not_divide_is_refused():
@@ -87,3 +100,29 @@ def test_the_command_needs_no_data_and_writes_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"a step on {cifar10_standard.get_config().batch_size} images" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_batch_norm_sends_statistics_of_every_pass_in_training_mode():
+    """Those of an attack, too: two all-reduces a layer and pass, forward and backward."""
+    config = cifar10_baselines.get_config("pgd_at")
+    num_layers, num_steps = 17, 2
+    beside = {}  # the parameters' gradients, in scalars
+    for train_mode in (True, False):
+        attacked = dataclasses.replace(
+            config,
+            batch_size=16,
+            model=dataclasses.replace(config.model, width=0.05),
+            attack=dataclasses.replace(config.attack, num_steps=num_steps, train_mode=train_mode),
+        )
+        found = dry_run.plan(attacked)
+        passes = 1 + num_steps * train_mode
+        assert found["collectives"].keys() == {"all-reduce"}
+        sent = found["collectives"]["all-reduce"]
+        assert sent["num_times"] == 1 + 2 * num_layers * passes
+        beside[train_mode] = sent["num_bytes"] / 4 - found["parameters"]
+    # Mean and mean square forward, their derivatives backward; what the loss's own pass sends of
+    # scales and biases is one vector more than their gradients. And three metrics.
+    channels = (beside[True] - beside[False]) / (4 * num_steps)
+    assert channels >= num_layers
+    assert beside[False] == 3 * channels + 3
