@@ -114,6 +114,12 @@ def said(workdir: pathlib.Path) -> str:
     return (workdir.parent / f"{workdir.name}.log").read_text()
 
 
+def error_of(workdir: pathlib.Path) -> str:
+    """Returns the line with which the last process of a run has ended."""
+    lines = said(workdir).splitlines() or ["(nothing)"]
+    return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
+
+
 def last_step(workdir: pathlib.Path) -> int:
     """Returns the last logged step; 0 before the first."""
     return max((int(row["step"]) for row in metrics.read(workdir / "metrics.jsonl")), default=0)
@@ -272,7 +278,7 @@ def nan_in_a_batch(folder: pathlib.Path, expected: Outcome) -> Trial:
     """Puts a NaN into one pixel of one batch."""
     workdir = folder / "nan"
     code = start(workdir, program=_NAN_IN_A_BATCH).wait(timeout=600)
-    return resume(workdir, "NaN in a batch", code, said(workdir).splitlines()[-1], expected)
+    return resume(workdir, "NaN in a batch", code, error_of(workdir), expected)
 
 
 def full_disk(folder: pathlib.Path, expected: Outcome) -> Trial | None:
@@ -294,8 +300,7 @@ def full_disk(folder: pathlib.Path, expected: Outcome) -> Trial | None:
         code = process.wait(timeout=600)
         shutil.copy(mount / "run.log", folder / "full.log")
         filler.unlink()
-        last = (said(workdir).splitlines() or ["(no room for the message)"])[-1]
-        return resume(workdir, "full disk", code, last, expected)
+        return resume(workdir, "full disk", code, error_of(workdir), expected)
     finally:
         subprocess.run(["umount", "--lazy", str(mount)], check=True)
 
@@ -312,7 +317,7 @@ def read_only_checkpoints(folder: pathlib.Path, expected: Outcome) -> Trial:
     wait_for_step(workdir, 220, process)
     (workdir / "checkpoints").chmod(0o555)
     code = process.wait(timeout=600)
-    last = said(workdir).splitlines()[-1]
+    last = error_of(workdir)
     (workdir / "checkpoints").chmod(0o755)
     return resume(workdir, "checkpoints folder read-only", code, last, expected)
 
@@ -328,7 +333,7 @@ def read_only_folder(folder: pathlib.Path) -> Trial:
     workdir.chmod(0o755)
     return Trial(
         "workdir read-only from the start",
-        said(workdir).splitlines()[-1],
+        error_of(workdir),
         code,
         0,
         time.monotonic() - started,
