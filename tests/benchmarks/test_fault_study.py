@@ -15,11 +15,11 @@ def test_broken_runs_go_on_as_if_nothing_had_happened(tmp_path):
         by_fault.setdefault(trial.fault, []).append(trial)
     assert len(by_fault["kill -9"]) == 3
     assert len(by_fault["checkpoint file cut in half"]) > 10
-    # At most the steps since the last checkpoint, but for deleted ones.
+    # At most the steps since the last finished checkpoint: training goes on while one is written.
     everything_gone = by_fault.pop("all checkpoints deleted")
     assert everything_gone[0].lost >= 220
     assert all(
-        trial.lost <= fault_study.CHECKPOINT_EVERY
+        trial.lost <= 2 * fault_study.CHECKPOINT_EVERY
         for trial in trials
         if trial not in everything_gone
     )
