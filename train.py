@@ -18,7 +18,9 @@ def main() -> None:
     if flags.compile_cache:
         jax.config.update("jax_compilation_cache_dir", flags.compile_cache)
     if flags.dry_run:
-        print(cli.run_or_fail(lambda: dry_run.text(flags.config, dry_run.plan(flags.config))))
+        text = cli.run_or_fail(lambda: dry_run.text(flags.config, dry_run.plan(flags.config)))
+        if distributed.is_primary():
+            print(text)
         return
     try:
         cli.run_or_fail(

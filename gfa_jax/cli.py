@@ -125,6 +125,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainFlags:
 def fail(message: str) -> NoReturn:
     """Ends the program with code 2 and a message on standard error."""
     print(f"error: {message}", file=sys.stderr)
+    distributed.leave_at_once(2)
     raise SystemExit(2)
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -121,8 +122,8 @@ def on_primary(action: Callable[[], None]) -> None:
     Without that, the others would wait for it at the next collective until a timeout.
 
     Raises:
-      ValueError: on the other processes, with the message of process 0's ``ValueError`` or
-        ``OSError``; on process 0 the error itself.
+      ValueError: on the other processes, with the message of process 0's error; on process 0 the
+        error itself.
     """
     if jax.process_count() == 1:
         action()
@@ -131,7 +132,7 @@ def on_primary(action: Callable[[], None]) -> None:
     if is_primary():
         try:
             action()
-        except (ValueError, OSError) as error:
+        except Exception as error:
             failure = error
     message = np.zeros(_MAX_MESSAGE, np.uint8)
     if failure is not None:
@@ -155,3 +156,14 @@ def any_process(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def leave_at_once(exit_code: int) -> None:
+    """Ends a process of several, which would otherwise wait for the others when it exits.
+
+    They find out by the runtime's heartbeat. Alone, a process goes on.
+    """
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)

@@ -7,6 +7,7 @@ goes on beside training and is atomic: a killed save leaves the previous checkpo
 """
 
 import contextlib
+import errno
 import functools
 import json
 import math
@@ -27,6 +28,9 @@ from gfa_jax.types import ModelState, Params, PyTree
 class DamagedCheckpointError(ValueError):
     """A checkpoint cannot be read."""
 
+
+_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE}
+"""Errors of reading that say nothing of the file."""
 
 _KEEP_LATEST = 2
 """The second is for the case that the first gets damaged."""
@@ -51,6 +55,8 @@ def _readable(directory: object, step: int) -> Iterator[None]:
     except (IncompatibleCheckpointError, MemoryError, PermissionError):
         raise
     except Exception as error:
+        if getattr(error, "errno", None) in _PASSING:
+            raise
         raise DamagedCheckpointError(
             f"checkpoint {directory}/{step} cannot be read ({type(error).__name__}: {error})."
         ) from error

@@ -38,20 +38,20 @@ def plan(config: TrainConfig) -> dict[str, Any]:
       ValueError: for a bad config, or data that does not fit.
     """
     num_devices = jax.device_count()
-    config_lib.validate(config, num_devices=num_devices)
+    config_lib.validate(config, num_devices=num_devices, num_processes=jax.process_count())
     described = data.describe(config.data.name, data_dir=config.data.data_dir)
     built = recipe.build(
         config, num_classes=described.num_classes, image_shape=described.image_shape
     )
     mesh = layout.data_mesh(fsdp=config.fsdp)
-    everywhere, split = layout.replicated(mesh), layout.split(mesh)
+    split = layout.split(mesh)
     train_step, template = built.train_step(mesh), built.template(mesh)
     images = (config.batch_size, *described.image_shape)
     batch = {
         "inputs": jax.ShapeDtypeStruct(images, described.dtype, sharding=split),
         "labels": jax.ShapeDtypeStruct(images[:1], jnp.int32, sharding=split),
     }
-    key = jax.device_put(jax.random.key(0), everywhere)
+    key = layout.everywhere(lambda: jax.random.key(0), mesh)
     with jax.default_matmul_precision(config.precision):
         operations = flops.count(train_step, template, batch, key)
         compiled = train_step.lower(template, batch, key).compile()

@@ -184,12 +184,19 @@ def _train(
             print(f"{run.workdir}: step {first_step} of {config.train_steps} is done already.")
         return _last_metrics(run.workdir / "metrics.jsonl")
     seconds_before = float(metadata["train_seconds"])
-    writer = MetricsWriter(
-        run.workdir / "metrics.jsonl",
-        resume_step=first_step,
-        tensorboard=run.workdir / "tensorboard" if run.tensorboard else None,
-        silent=not distributed.is_primary(),
-    )
+    writers: list[MetricsWriter] = []
+
+    def open_writer() -> None:
+        directory = run.workdir / "tensorboard" if run.tensorboard else None
+        path = run.workdir / "metrics.jsonl"
+        writers.append(MetricsWriter(path, resume_step=first_step, tensorboard=directory))
+
+    distributed.on_primary(open_writer)
+
+    def write(step: int, metrics: Mapping[str, float]) -> None:
+        for writer in writers:
+            writer.write(step, metrics)
+
     progress = Progress("train", config.train_steps, first_step)
     progress.say(
         f"{config.model.name}: {state.num_params(template.params):,} parameters, "
@@ -202,7 +209,7 @@ def _train(
             return {}
         with progress.chrono.paused():
             result = evaluator(current)
-        writer.write(int(current.step), result)
+        write(int(current.step), result)
         progress.say(
             f"step {int(current.step)}: "
             + ", ".join(f"{name} {value:.4f}" for name, value in result.items())
@@ -237,7 +244,7 @@ def _train(
             rate = config.batch_size * (number - first_step) / max(progress.chrono.seconds, 1e-9)
             if number % config.loop.log_every == 0 or number == config.train_steps:
                 named = {f"train/{name}": value for name, value in values.items()}
-                writer.write(
+                write(
                     number,
                     {
                         **named,
@@ -282,7 +289,8 @@ def _train(
         return result
     finally:
         progress.close()
-        writer.close()
+        for writer in writers:
+            writer.close()
 
 
 def _last_metrics(path: pathlib.Path) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import IO, Any
+from typing import Any
 
 import jax
 
@@ -55,7 +55,6 @@ class MetricsWriter:
         *,
         resume_step: int,
         tensorboard: pathlib.Path | None = None,
-        silent: bool = False,
     ) -> None:
         """Opens the file for appending after the lines up to ``resume_step``.
 
@@ -63,15 +62,11 @@ class MetricsWriter:
           path: of the JSON lines.
           resume_step: the last step that stays.
           tensorboard: folder of TensorBoard events; ``None`` for none.
-          silent: write nothing, as all processes but one must.
 
         Raises:
           ImportError: with a TensorBoard folder and without tensorboardX.
         """
         self._events: Any = None
-        self._file: IO[str] | None = None
-        if silent:
-            return
         if tensorboard is not None:
             self._events = _summary_writer(tensorboard, purge_step=resume_step + 1)
         kept = [row for row in read(path) if row["step"] <= resume_step]
@@ -80,16 +75,14 @@ class MetricsWriter:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one line with the step and the metrics."""
-        if self._file is not None:
-            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self._events is not None:
             for name, value in metrics.items():
                 self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Closes the file."""
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
         if self._events is not None:
             self._events.close()
 

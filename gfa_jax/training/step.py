@@ -232,13 +232,9 @@ def make_eval_step(
             for name, value in per_example.items()
         }
 
+    everywhere = layout.replicated(mesh)
     return jax.jit(
         eval_step,
-        in_shardings=(
-            layout.replicated(mesh),
-            layout.replicated(mesh),
-            layout.split(mesh),
-            layout.replicated(mesh),
-        ),
-        out_shardings=layout.replicated(mesh),
+        in_shardings=(*(shardings or (everywhere,) * 2), layout.split(mesh), everywhere),
+        out_shardings=everywhere,
     )

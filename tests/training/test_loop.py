@@ -128,6 +128,20 @@ def test_how_a_run_computes_may_be_chosen(tmp_path):
     assert run.classifier.module.dtype is None
 
 
+def test_split_state_trains_validates_and_resumes_as_whole_state_does(
+    uninterrupted, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(layout, "MIN_SPLIT_SIZE", 64)
+    config = tiny_config(fsdp=2)
+    template = recipe.build(config, num_classes=10, image_shape=(8, 8, 1)).template(
+        layout.data_mesh(fsdp=2)
+    )
+    assert not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(template))
+    loop.train_and_evaluate(config, tmp_path, stop_after=7)
+    result = loop.train_and_evaluate(config, tmp_path)
+    assert result == pytest.approx(uninterrupted[1], rel=2e-3, abs=1e-3)
+
+
 def test_pmap_trains_as_jit_does(tmp_path):
     plain = tiny_config(
         attack=config_lib.AttackConfig(),
