@@ -104,10 +104,9 @@ def radial_tangential(vectors: Array, reference: Array) -> tuple[Array, Array]:
       reference: the features, the same shape. Where it is zero, all is tangential.
 
     Returns:
-      ``(radial, tangential)``, each ``[B, ...]`` and float32 or wider; they sum to ``vectors``.
+      ``(radial, tangential)``, each ``[B, ...]`` in their dtype; they sum to ``vectors``.
     """
     chex.assert_equal_shape([vectors, reference])
-    vectors, reference = norms.wide(vectors), norms.wide(reference)
     direction, _ = norms.rescale(reference)
     squared = norms.dot(direction, direction)
     coefficient = norms.dot(vectors, direction) / jnp.where(squared > 0, squared, 1)

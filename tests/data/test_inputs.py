@@ -1,6 +1,7 @@
 """Placements of training data: the same batches, wherever they lie."""
 
 import dataclasses
+import gc
 import os
 import pathlib
 import socket
@@ -103,18 +104,20 @@ def test_a_stream_reads_a_few_batches_ahead_and_no_more():
 
 
 def test_a_stream_leaves_no_threads_behind():
-    before = threading.active_count()
+    before = set(threading.enumerate())
     for _ in range(5):
         batch_at = train_input(
             digits("stream"), 10, seed=0, sharding=sharding_over(1), placement="stream"
         )
         batch_at(0)
         batch_at(9)
-    assert threading.active_count() > before
+    started = set(threading.enumerate()) - before
+    assert started
     del batch_at
-    deadline = time.monotonic() + 30
-    while threading.active_count() > before:
-        assert time.monotonic() < deadline, threading.enumerate()
+    deadline = time.monotonic() + 60
+    while any(thread.is_alive() for thread in started):
+        assert time.monotonic() < deadline, started
+        gc.collect()
         time.sleep(0.02)
 
 
