@@ -45,7 +45,7 @@ digits: install
 objectives: install
 	$(BIN)/python benchmarks/objectives.py --out runs/objectives $(ARGS)
 
-# Breaks training in many ways and resumes it: some fifteen minutes on 2 CPU cores.
+# Breaks training in many ways and resumes it: some fifteen minutes on 2 CPU cores. A stopped one goes on.
 faults: install
 	$(BIN)/python benchmarks/faults.py --out runs/faults $(ARGS)
 

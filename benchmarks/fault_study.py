@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import random
@@ -12,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from gfa_jax import files
@@ -62,7 +63,7 @@ class Flags:
     """Flags of the benchmark."""
 
     out: str = "runs/faults"
-    """Folder of the runs and of faults.json; what is in it is deleted."""
+    """Folder of the runs and of faults.json; a stopped benchmark goes on in it."""
     kills: int = 20
     """Runs that are killed, each at a random moment."""
     seed: int = 0
@@ -210,63 +211,91 @@ def checkpoints_of(workdir: pathlib.Path) -> list[pathlib.Path]:
     return sorted(found, key=lambda path: int(path.name))
 
 
-def damaged_files(
-    folder: pathlib.Path, expected: Outcome, copy_of: pathlib.Path
-) -> Iterator[Trial]:
-    """Cuts each file of the latest checkpoint in half, one at a time."""
-    latest = checkpoints_of(copy_of)[-1]
-    paths = [path.relative_to(copy_of) for path in latest.rglob("*") if path.is_file()]
-    for number, path in enumerate(sorted(paths)):
-        workdir = folder / f"truncated_{number}"
-        shutil.copytree(copy_of, workdir)
-        whole = (workdir / path).read_bytes()
-        (workdir / path).write_bytes(whole[: len(whole) // 2])
-        name = "/".join(path.parts[2:])
-        name = re.sub(r"[0-9a-f]{32}", "...", name)
-        yield resume(workdir, "checkpoint file cut in half", 0, name, expected, 250)
+def files_of_latest(workdir: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the files of a run's latest checkpoint, relative to the run."""
+    latest = checkpoints_of(workdir)[-1]
+    return sorted(path.relative_to(workdir) for path in latest.rglob("*") if path.is_file())
+
+
+def cut(workdir: pathlib.Path, saved: pathlib.Path, path: pathlib.Path, expected: Outcome) -> Trial:
+    """Cuts a file of a saved run's checkpoint in half."""
+    shutil.copytree(saved, workdir)
+    whole = (workdir / path).read_bytes()
+    (workdir / path).write_bytes(whole[: len(whole) // 2])
+    name = re.sub(r"[0-9a-f]{32}", "...", "/".join(path.parts[2:]))
+    return resume(workdir, "checkpoint file cut in half", 0, name, expected, 250)
+
+
+def delete(workdir: pathlib.Path, saved: pathlib.Path, which: str, expected: Outcome) -> Trial:
+    """Deletes the latest, or all, checkpoints of a saved run."""
+    shutil.copytree(saved, workdir)
+    for path in checkpoints_of(workdir)[-1 if which == "latest" else 0 :]:
+        shutil.rmtree(path)
+    fault = "latest checkpoint deleted" if which == "latest" else "all checkpoints deleted"
+    return resume(workdir, fault, 0, "", expected)
 
 
 def run(flags: Flags) -> list[Trial]:
-    """Makes all trials and writes them to ``faults.json``."""
+    """Makes the trials that ``faults.json`` does not have yet.
+
+    Raises:
+      ValueError: for a folder that holds something else, or trials of another seed.
+    """
     folder = pathlib.Path(flags.out)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    started = time.monotonic()
-    whole = folder / "whole"
-    if start(whole).wait(timeout=600):
-        raise RuntimeError(said(whole))
-    seconds = time.monotonic() - started
+    path = folder / "faults.json"
+    if folder.exists() and any(folder.iterdir()) and not path.exists():
+        raise ValueError(f"out={flags.out!r} holds something else: choose a new folder.")
+    record = files.read_json(path) if path.exists() else {"seed": flags.seed, "trials": {}}
+    if record["seed"] != flags.seed:
+        raise ValueError(f"out={flags.out!r} holds trials of seed {record['seed']}.")
+    whole, saved = folder / "whole", folder / "saved"
+    if "seconds" not in record:
+        files.write_json(path, record)
+        for workdir in (whole, saved):
+            shutil.rmtree(workdir, ignore_errors=True)
+        started = time.monotonic()
+        if start(whole).wait(timeout=600):
+            raise RuntimeError(said(whole))
+        record["seconds"] = time.monotonic() - started
+        stopped_at(saved, 220)
+        files.write_json(path, record)
     expected = outcome(whole)
     draw = random.Random(flags.seed)
-    trials: list[Trial] = []
+    moments = [draw.uniform(0.5, record["seconds"]) for _ in range(flags.kills)]
+    makers: dict[str, Callable[[pathlib.Path], Trial | None]] = {
+        **{
+            f"deleted_{which}": functools.partial(
+                delete, saved=saved, which=which, expected=expected
+            )
+            for which in ("latest", "all")
+        },
+        **{
+            fault.__name__: functools.partial(fault, expected=expected)
+            for fault in (clock_jumps, nan_in_a_batch, full_disk, read_only_checkpoints)
+        },
+        "read_only_folder": read_only_folder,
+        **{
+            f"killed_{number}": functools.partial(kill, after=after, expected=expected)
+            for number, after in enumerate(moments)
+        },
+        **{
+            f"cut_{number}": functools.partial(cut, saved=saved, path=file, expected=expected)
+            for number, file in enumerate(files_of_latest(saved))
+        },
+    }
+    for name, make in makers.items():
+        if name in record["trials"]:
+            continue
+        shutil.rmtree(folder / name, ignore_errors=True)
+        if (trial := make(folder / name)) is not None:
+            record["trials"][name] = dataclasses.asdict(trial)
+            files.write_json(path, record)
+            print(f"{len(record['trials'])} of {len(makers)}: {trial}", file=sys.stderr, flush=True)
+    return [Trial(**record["trials"][name]) for name in makers if name in record["trials"]]
 
-    def note(trial: Trial) -> None:
-        trials.append(trial)
-        print(trial, file=sys.stderr, flush=True)
 
-    saved = folder / "saved"
-    stopped_at(saved, 220)
-    for name, chosen in (("latest", 1), ("all", 100)):
-        workdir = folder / f"deleted_{name}"
-        shutil.copytree(saved, workdir)
-        for path in checkpoints_of(workdir)[-chosen:]:
-            shutil.rmtree(path)
-        note(resume(workdir, f"{name} checkpoint{'s' * (name == 'all')} deleted", 0, "", expected))
-    for fault in (clock_jumps, nan_in_a_batch, full_disk, read_only_checkpoints):
-        if (found := fault(folder, expected)) is not None:
-            note(found)
-    note(read_only_folder(folder))
-    for number in range(flags.kills):
-        note(kill(folder / f"killed_{number}", draw.uniform(0.5, seconds), expected))
-    for trial in damaged_files(folder, expected, saved):
-        note(trial)
-    files.write_json(folder / "faults.json", {"trials": [dataclasses.asdict(t) for t in trials]})
-    return trials
-
-
-def clock_jumps(folder: pathlib.Path, expected: Outcome) -> Trial:
+def clock_jumps(workdir: pathlib.Path, expected: Outcome) -> Trial:
     """Moves the time of day by two days, back and forth, five times a second."""
-    workdir = folder / "clock"
     process = start(workdir, program=_CLOCK_THAT_JUMPS)
     wait_for_step(workdir, 300, process)
     process.send_signal(signal.SIGTERM)
@@ -274,16 +303,14 @@ def clock_jumps(folder: pathlib.Path, expected: Outcome) -> Trial:
     return resume(workdir, "clock jumps by two days", code, "trains on", expected)
 
 
-def nan_in_a_batch(folder: pathlib.Path, expected: Outcome) -> Trial:
+def nan_in_a_batch(workdir: pathlib.Path, expected: Outcome) -> Trial:
     """Puts a NaN into one pixel of one batch."""
-    workdir = folder / "nan"
     code = start(workdir, program=_NAN_IN_A_BATCH).wait(timeout=600)
     return resume(workdir, "NaN in a batch", code, error_of(workdir), expected)
 
 
-def full_disk(folder: pathlib.Path, expected: Outcome) -> Trial | None:
+def full_disk(mount: pathlib.Path, expected: Outcome) -> Trial | None:
     """Fills the disk while training goes on; ``None`` where none can be mounted."""
-    mount = folder / "disk"
     mount.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(mount)]
     if subprocess.run(command, check=False, capture_output=True).returncode:
@@ -298,7 +325,6 @@ def full_disk(folder: pathlib.Path, expected: Outcome) -> Trial | None:
             while True:
                 file.write(bytes(4096))
         code = process.wait(timeout=600)
-        shutil.copy(mount / "run.log", folder / "full.log")
         filler.unlink()
         return resume(workdir, "full disk", code, error_of(workdir), expected)
     finally:
@@ -310,9 +336,8 @@ def _respecting_permissions() -> Sequence[str]:
     return ["setpriv", "--bounding-set=-dac_override"] if os.geteuid() == 0 else []
 
 
-def read_only_checkpoints(folder: pathlib.Path, expected: Outcome) -> Trial:
+def read_only_checkpoints(workdir: pathlib.Path, expected: Outcome) -> Trial:
     """Takes the right to write checkpoints away."""
-    workdir = folder / "read_only_checkpoints"
     process = start(workdir, prefix=_respecting_permissions())
     wait_for_step(workdir, 220, process)
     (workdir / "checkpoints").chmod(0o555)
@@ -322,9 +347,8 @@ def read_only_checkpoints(folder: pathlib.Path, expected: Outcome) -> Trial:
     return resume(workdir, "checkpoints folder read-only", code, last, expected)
 
 
-def read_only_folder(folder: pathlib.Path) -> Trial:
+def read_only_folder(workdir: pathlib.Path) -> Trial:
     """Trains in a folder that may not be written: nothing begins."""
-    workdir = folder / "read_only"
     workdir.mkdir()
     workdir.chmod(0o555)
     started = time.monotonic()

@@ -21,6 +21,7 @@ from gfa_jax import cli, files  # noqa: E402
 from gfa_jax.training import metrics  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+CHECKPOINT_EVERY = 250
 RECIPE = (
     "--config=configs/digits_gfa.py",
     "--config.train_steps=100000000",
@@ -29,7 +30,7 @@ RECIPE = (
     "--config.gfa.weight=0.1",
     "--config.gfa.warmup_fraction=0",
     "--config.loop.eval_every=1000",
-    "--config.loop.checkpoint_every=250",
+    f"--config.loop.checkpoint_every={CHECKPOINT_EVERY}",
     "--config.data.placement=stream",
 )
 _SECONDS_BETWEEN = 5.0
@@ -88,7 +89,8 @@ def text(flags: Flags, samples: list[dict[str, float]]) -> str:
         for part in range(6)
     ]
     lines = [
-        f"{int(rows[-1]['step']):,} steps, {evaluations} evaluations, a checkpoint every 250 steps",
+        f"{int(rows[-1]['step']):,} steps, {evaluations} evaluations, a checkpoint every "
+        f"{CHECKPOINT_EVERY} steps",
         "",
         "| minutes | memory, MB, median (most) | open files, median (most) | threads, most |",
         "|---|---|---|---|",
@@ -104,7 +106,12 @@ def text(flags: Flags, samples: list[dict[str, float]]) -> str:
     slope = statistics.linear_regression(
         [s["minutes"] for s in later], [s["memory"] for s in later]
     )
-    lines += ["", f"memory after the first part: {60 * slope.slope:+.1f} MB an hour"]
+    checkpoints = int(rows[-1]["step"]) / CHECKPOINT_EVERY / flags.minutes  # a minute
+    lines += [
+        "",
+        f"memory after the first part: {60 * slope.slope:+.1f} MB an hour, "
+        f"{1e3 * slope.slope / checkpoints:+.0f} KB a checkpoint",
+    ]
     return "\n".join(lines)
 
 

@@ -95,25 +95,33 @@ class TrainFlags(distributed.Cluster):
     """Write TensorBoard events to WORKDIR/tensorboard too (needs the tensorboard extra)."""
 
 
+def split_config(argv: Sequence[str] | None = None) -> tuple[config_lib.TrainConfig, list[str]]:
+    """Returns the recipe that ``--config FILE`` names, and the other arguments.
+
+    Args:
+      argv: without the program's name; the process's own by default.
+
+    Raises:
+      SystemExit: without ``--config``, unless help is asked for, or for a file that cannot be used.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE")
+    known, rest = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    if known.config is not None:
+        return run_or_fail(lambda: config_lib.load_file(known.config)), rest
+    if not any(flag in rest for flag in ("-h", "--help")):
+        fail("--config FILE is required, such as --config configs/digits_gfa.py.")
+    return config_lib.TrainConfig(), rest
+
+
 def parse_train(argv: Sequence[str] | None = None) -> TrainFlags:
     """Parses ``--config FILE --workdir DIR [--config.a.b=value ...]``.
 
     Raises:
       SystemExit: as ``parse``, and for a config file that cannot be used.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE")
-    known, rest = parser.parse_known_args(argv)
+    config, rest = split_config(argv)
     rest = [f"{flag}=True" if flag in ("--dry_run", "--dry-run") else flag for flag in rest]
-    wants_help = any(flag in rest for flag in ("-h", "--help"))
-    if known.config is None and not wants_help:
-        fail("--config FILE is required, such as --config configs/digits_gfa.py.")
-    config = (
-        run_or_fail(lambda: config_lib.load_file(known.config))
-        if known.config
-        else config_lib.TrainConfig()
-    )
     description = (
         "Trains a classifier. --config FILE names the recipe (see configs/); its fields can be "
         "overridden here."

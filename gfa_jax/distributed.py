@@ -10,13 +10,15 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from gfa_jax import _validate
+
+Value = TypeVar("Value")
 
 MODES = ("auto", "on", "off")
 _MAX_MESSAGE = 4096
@@ -116,22 +118,25 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
-def on_primary(action: Callable[[], None]) -> None:
+def on_primary(action: Callable[[], Value]) -> Value | None:
     """Runs an action on process 0; its failure is every process's.
 
     Without that, the others would wait for it at the next collective until a timeout.
+
+    Returns:
+      What the action returns; ``None`` on the other processes.
 
     Raises:
       ValueError: on the other processes, with the message of process 0's error; on process 0 the
         error itself.
     """
     if jax.process_count() == 1:
-        action()
-        return
+        return action()
     failure: Exception | None = None
+    result: Value | None = None
     if is_primary():
         try:
-            action()
+            result = action()
         except Exception as error:
             failure = error
     message = np.zeros(_MAX_MESSAGE, np.uint8)
@@ -143,6 +148,7 @@ def on_primary(action: Callable[[], None]) -> None:
         raise failure
     if told:
         raise ValueError(told.decode(errors="replace"))
+    return result
 
 
 def wait_for_all(name: str) -> None:

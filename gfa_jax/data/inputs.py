@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -88,7 +88,7 @@ def train_input(
         return _Stream(dataset, batch_size, seed, sharding)
     if placement == "device":
         return _on_device(dataset, batch_size, seed, sharding)
-    return lambda step: _put(_share(dataset, batch_size, seed, step), sharding)
+    return lambda step: put(_share(dataset, batch_size, seed, step), sharding)
 
 
 def _share(
@@ -106,9 +106,15 @@ def _share(
     return {"inputs": batch["inputs"], "labels": batch["labels"]}
 
 
-def _put(
-    share: dict[str, np.ndarray], sharding: jax.sharding.NamedSharding
+def put(
+    share: Mapping[str, np.ndarray], sharding: jax.sharding.NamedSharding
 ) -> dict[str, jax.Array]:
+    """Makes global arrays of every process's share of a batch.
+
+    Args:
+      share: this process's part, `[B / processes, ...]` each.
+      sharding: along axis 0.
+    """
     return {
         name: jax.make_array_from_process_local_data(sharding, value)
         for name, value in share.items()
@@ -135,7 +141,7 @@ def _on_device(
     def batch_at(step: int) -> dict[str, jax.Array]:
         positions = pipeline.batch_positions(len(dataset), batch_size, seed=seed, step=step)
         own = np.array_split(positions.astype(np.int32), jax.process_count())[jax.process_index()]
-        return gather(examples, _put({"positions": own}, sharding)["positions"])
+        return gather(examples, put({"positions": own}, sharding)["positions"])
 
     return batch_at
 
@@ -174,4 +180,4 @@ class _Stream:
         if step != self._next:
             self._batches = self._from(step)
         self._next = step + 1
-        return _put(next(self._batches), self._sharding)
+        return put(next(self._batches), self._sharding)

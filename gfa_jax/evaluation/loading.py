@@ -109,7 +109,10 @@ def load_run(
     )
     metric = "eval/robust_accuracy" if config.loop.eval_attack_steps else "eval/clean_accuracy"
     checkpoints = checkpoint.Checkpoints(
-        workdir / "checkpoints", metric=metric, keep_best=config.loop.keep_best
+        workdir / "checkpoints",
+        metric=metric,
+        keep_best=config.loop.keep_best,
+        read_only=True,
     )
     try:
         params, model_state, at_step = checkpoints.restore_model(template, which)

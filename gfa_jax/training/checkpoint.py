@@ -24,19 +24,16 @@ from gfa_jax import distributed
 from gfa_jax.training.state import TrainState
 from gfa_jax.types import ModelState, Params, PyTree
 
+_KEEP_LATEST = 2  # The second is for the case that the first gets damaged.
+# Orbax measures it on the clock of the day, which may jump by more than its default of ten minutes.
+# A process that died is found out by JAX's own runtime.
+_SAVE_SECONDS = 30 * 24 * 3600
+# Errors of reading that say nothing of the file.
+_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE}
+
 
 class DamagedCheckpointError(ValueError):
     """A checkpoint cannot be read."""
-
-
-_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE}
-"""Errors of reading that say nothing of the file."""
-
-_KEEP_LATEST = 2
-"""The second is for the case that the first gets damaged."""
-
-
-_SAVE_SECONDS = 30 * 24 * 3600
 
 
 class SaveFailedError(OSError):
@@ -65,16 +62,27 @@ def _readable(directory: object, step: int) -> Iterator[None]:
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, directory: pathlib.Path, *, metric: str = "", keep_best: int = 0) -> None:
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        *,
+        metric: str = "",
+        keep_best: int = 0,
+        read_only: bool = False,
+    ) -> None:
         """Opens or creates the folder.
+
+        Checkpoints whose metrics cannot be read are moved aside, as in ``restore_latest``.
 
         Args:
           directory: of the checkpoints, one folder a step.
           metric: the name in ``save(metrics=...)`` whose largest values are the best; empty for
             none.
           keep_best: how many of the best are kept beside the latest.
+          read_only: move nothing, as beside a training that may be going on.
 
-        Checkpoints whose metrics cannot be read are moved aside, as in ``restore_latest``.
+        Raises:
+          DamagedCheckpointError: where metrics cannot be read, with ``read_only``.
         """
         # max_to_keep with best_fn deletes the latest checkpoint when it is not among the best:
         # training would resume in the past.
@@ -94,8 +102,12 @@ class Checkpoints:
                 )
             )
         self._metric = metric
-        # Orbax reads them all at once, and refuses all of them for one.
-        distributed.on_primary(lambda: _set_aside(directory, _damaged_metrics(directory)))
+        # Orbax reads all metrics at once, and refuses all checkpoints for one.
+        if read_only:
+            for error in _damaged_metrics(directory).values():
+                raise error
+        else:
+            distributed.on_primary(lambda: _set_aside(directory, _damaged_metrics(directory)))
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             # Named handlers let a fresh process read the leaves' shapes before it restores them.
@@ -108,8 +120,6 @@ class Checkpoints:
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
                 best_fn=score if metric else None,
                 enable_async_checkpointing=True,
-                # Measured on the clock of the day, which may jump by more than the default of ten
-                # minutes; a process that died is found out by JAX's own runtime.
                 async_options=ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS),
             ),
         )

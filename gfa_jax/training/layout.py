@@ -6,14 +6,13 @@ parallelism): XLA gathers parameters where they are used and scatters their grad
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gfa_jax.types import Array, PyTree
+from gfa_jax.types import PyTree
 
 DATA_AXIS = "data"
 FSDP_AXIS = "fsdp"
@@ -58,15 +57,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def split(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of batches: axis 0 over all devices."""
     return NamedSharding(mesh, PartitionSpec((DATA_AXIS, FSDP_AXIS)))
-
-
-def put(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
-    """Makes global arrays, split over the mesh, of each process's share of a batch."""
-    sharding = split(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, value)
-        for name, value in batch.items()
-    }
 
 
 def everywhere(function: Callable[[], PyTree], mesh: Mesh) -> PyTree:

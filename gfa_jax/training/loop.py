@@ -184,19 +184,13 @@ def _train(
             print(f"{run.workdir}: step {first_step} of {config.train_steps} is done already.")
         return _last_metrics(run.workdir / "metrics.jsonl")
     seconds_before = float(metadata["train_seconds"])
-    writers: list[MetricsWriter] = []
-
-    def open_writer() -> None:
-        directory = run.workdir / "tensorboard" if run.tensorboard else None
-        path = run.workdir / "metrics.jsonl"
-        writers.append(MetricsWriter(path, resume_step=first_step, tensorboard=directory))
-
-    distributed.on_primary(open_writer)
-
-    def write(step: int, metrics: Mapping[str, float]) -> None:
-        for writer in writers:
-            writer.write(step, metrics)
-
+    writer = distributed.on_primary(
+        lambda: MetricsWriter(
+            run.workdir / "metrics.jsonl",
+            resume_step=first_step,
+            tensorboard=run.workdir / "tensorboard" if run.tensorboard else None,
+        )
+    )
     progress = Progress("train", config.train_steps, first_step)
     progress.say(
         f"{config.model.name}: {state.num_params(template.params):,} parameters, "
@@ -209,7 +203,8 @@ def _train(
             return {}
         with progress.chrono.paused():
             result = evaluator(current)
-        write(int(current.step), result)
+        if writer is not None:
+            writer.write(int(current.step), result)
         progress.say(
             f"step {int(current.step)}: "
             + ", ".join(f"{name} {value:.4f}" for name, value in result.items())
@@ -242,9 +237,10 @@ def _train(
             guards.check_finite(number, values)
             guard.check(number, values)
             rate = config.batch_size * (number - first_step) / max(progress.chrono.seconds, 1e-9)
-            if number % config.loop.log_every == 0 or number == config.train_steps:
+            due = number % config.loop.log_every == 0 or number == config.train_steps
+            if writer is not None and due:
                 named = {f"train/{name}": value for name, value in values.items()}
-                write(
+                writer.write(
                     number,
                     {
                         **named,
@@ -289,7 +285,7 @@ def _train(
         return result
     finally:
         progress.close()
-        for writer in writers:
+        if writer is not None:
             writer.close()
 
 

@@ -50,11 +50,7 @@ class MetricsWriter:
     """
 
     def __init__(
-        self,
-        path: pathlib.Path,
-        *,
-        resume_step: int,
-        tensorboard: pathlib.Path | None = None,
+        self, path: pathlib.Path, *, resume_step: int, tensorboard: pathlib.Path | None = None
     ) -> None:
         """Opens the file for appending after the lines up to ``resume_step``.
 

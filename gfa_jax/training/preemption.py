@@ -18,7 +18,8 @@ def stop_requests() -> Iterator[StopRequested]:
     """Collects SIGTERM and SIGINT instead of dying, so that the loop can save first.
 
     A SIGINT that follows either of them interrupts at once. With several processes, a signal to any
-    of them stops all at the same step: JAX's runtime takes SIGTERM, and agrees on the step.
+    of them stops all at the same step: JAX's runtime takes SIGTERM, and agrees on the step; there a
+    second SIGINT interrupts.
     """
     if jax.process_count() > 1:
         with _handlers({signal.SIGINT: lambda: os.kill(os.getpid(), signal.SIGTERM)}):

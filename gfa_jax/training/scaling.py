@@ -7,7 +7,6 @@ and counts floating-point operations and the bytes in collectives of that progra
 from these counts is arithmetic with stated assumptions (docs/scaling.md); nothing is run.
 """
 
-import argparse
 import dataclasses
 import importlib.metadata
 import json
@@ -254,17 +253,9 @@ class Flags:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses flags, compiles, and prints the tables."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE")
-    known, rest = parser.parse_known_args(argv)
-    default = None
-    if known.config is not None:
-        default = Flags(cli.run_or_fail(lambda: config_lib.load_file(known.config)))
-    elif not any(flag in rest for flag in ("-h", "--help")):
-        cli.fail("--config FILE is required, such as --config configs/cifar10_gfa.py.")
-    flags = cli.parse(
-        Flags, rest, description="Plans training on pods from compiled steps.", default=default
-    )
+    config, rest = cli.split_config(argv)
+    description = "Plans training on pods from compiled steps."
+    flags = cli.parse(Flags, rest, description=description, default=Flags(config))
     cli.run_or_fail(lambda: _run(flags, argv))
 
 

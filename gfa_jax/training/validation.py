@@ -58,13 +58,14 @@ def make_evaluator(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    first_batch = layout.put(next(batches()), mesh)
+    split = layout.split(mesh)
+    first_batch = data.put(next(batches()), split)
     compiled = functools.cache(eval_step.lower(*template.evaluated, first_batch, key).compile)
 
     def evaluate(current: state.TrainState) -> dict[str, float]:
         totals: dict[str, float] = {}
         for batch in batches():
-            sums = to_floats(compiled()(*current.evaluated, layout.put(batch, mesh), key))
+            sums = to_floats(compiled()(*current.evaluated, data.put(batch, split), key))
             totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
         count = totals.pop("num_examples")
         return {f"eval/{name}": value / count for name, value in totals.items()}

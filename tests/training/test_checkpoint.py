@@ -168,6 +168,9 @@ def test_checkpoints_with_damaged_metrics_do_not_take_the_others_along(tmp_path,
     checkpoints.close()
     path = tmp_path / "checkpoints" / "4" / "metrics" / "metrics"
     path.write_bytes(path.read_bytes()[:7])
+    with pytest.raises(checkpoint.DamagedCheckpointError, match=r"checkpoint .*/4 cannot be read"):
+        checkpoint.Checkpoints(tmp_path / "checkpoints", **options, read_only=True)
+    assert not (tmp_path / "damaged_checkpoints").exists()
     with pytest.warns(UserWarning, match=r"checkpoint .*/4 cannot be read \(metrics: "):
         again = checkpoint.Checkpoints(tmp_path / "checkpoints", **options)
     assert again.latest_step == 3

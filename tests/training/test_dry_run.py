@@ -8,7 +8,14 @@ import sys
 import jax
 import pytest
 
-from configs import cifar10_baselines, cifar10_standard, digits_pgd_at, digits_standard
+from configs import (
+    cifar10_baselines,
+    cifar10_standard,
+    digits_baselines,
+    digits_gfa,
+    digits_pgd_at,
+    digits_standard,
+)
 from gfa_jax.training import dry_run
 from gfa_jax.training.devices import DEVICES
 
@@ -126,3 +133,22 @@ def test_batch_norm_sends_statistics_of_every_pass_in_training_mode():
     channels = (beside[True] - beside[False]) / (4 * num_steps)
     assert channels >= num_layers
     assert beside[False] == 3 * channels + 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "changes", "times"),
+    [
+        (digits_gfa.get_config(), {}, 2),
+        (digits_gfa.get_config(), {"parallelism": "pmap"}, 1),
+        (digits_gfa.get_config(), {"accumulation_steps": 4}, 8),
+        (digits_standard.get_config(), {"accumulation_steps": 4}, 4),
+        (digits_baselines.get_config("trades"), {}, 2),
+    ],
+)
+def test_gradients_are_reduced_as_often_as_kernels_are_used(config, changes, times):
+    """The table of docs/scaling.md: XLA reduces each use's gradient before they are added."""
+    found = dry_run.plan(dataclasses.replace(config, **changes))
+    assert set(found["collectives"]) == {"all-reduce"}
+    sent = found["collectives"]["all-reduce"]["num_bytes"]
+    assert 0 <= sent - times * found["parameter_bytes"] < 100 * times
