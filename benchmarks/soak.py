@@ -60,6 +60,8 @@ def sample(pid: int) -> dict[str, float]:
 def run(flags: Flags) -> list[dict[str, float]]:
     """Trains and samples; the samples go to ``soak.json``."""
     folder = pathlib.Path(flags.out)
+    if folder.exists():
+        raise ValueError(f"out={flags.out!r} exists already: choose a new folder.")
     folder.mkdir(parents=True)
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
