@@ -8,7 +8,6 @@ program with a suggestion, before anything runs.
 import argparse
 import dataclasses
 import fractions
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
@@ -16,7 +15,7 @@ from typing import NoReturn, TypeVar
 import tyro
 
 from gfa_jax import config as config_lib
-from gfa_jax import distributed
+from gfa_jax import distributed, failures
 
 Flags = TypeVar("Flags")
 Value = TypeVar("Value")
@@ -133,15 +132,18 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainFlags:
 def fail(message: str) -> NoReturn:
     """Ends the program with code 2 and a message on standard error."""
     print(f"error: {message}", file=sys.stderr)
-    distributed.leave_at_once(2)
     raise SystemExit(2)
 
 
 def run_or_fail(function: Callable[[], Value]) -> Value:
-    """Calls a function; errors that a user can mend end the program with their message alone."""
+    """Calls a function; errors that a user can mend end the program with their message alone.
+
+    With several processes, any error ends all of them.
+    """
     try:
-        return function()
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("GFA_JAX_DEBUG"):
+        with failures.felt_by_all():
+            return function()
+    except failures.MENDABLE as error:
+        if not failures.is_mendable(error):
             raise
         fail(str(error))

@@ -1,14 +1,14 @@
 """JAX's multi-process runtime: when it is started, and how processes agree.
 
 Every process runs the same program on its own devices; ``jax.distributed`` connects them. Files are
-written by process 0 alone, but for checkpoints, whose arrays every process writes.
+written by process 0 alone, but for checkpoints, whose arrays every process writes. What one process
+fails at ends all: see ``failures``.
 """
 
 import dataclasses
 import importlib.util
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from gfa_jax import _validate
+from gfa_jax import _validate, failures
 
 Value = TypeVar("Value")
 
@@ -74,6 +74,7 @@ def initialize(cluster: Cluster, environment: Mapping[str, str] = os.environ) ->
             f"the multi-process runtime did not start: {error} Give --coordinator_address, "
             "--num_processes and --process_id, or --distributed=off for one process."
         ) from error
+    failures.watch()
 
 
 def _check_explicit(cluster: Cluster) -> None:
@@ -162,14 +163,3 @@ def any_process(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
-
-
-def leave_at_once(exit_code: int) -> None:
-    """Ends a process of several, which would otherwise wait for the others when it exits.
-
-    They find out by the runtime's heartbeat. Alone, a process goes on.
-    """
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(exit_code)

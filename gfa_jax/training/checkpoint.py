@@ -17,10 +17,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from gfa_jax import distributed
+from gfa_jax import distributed, failures
 from gfa_jax.training.state import TrainState
 from gfa_jax.types import ModelState, Params, PyTree
 
@@ -151,13 +152,11 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        params, model_state = state.evaluated
         with self._writing():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    model=ocp.args.StandardSave({"params": params, "model_state": model_state}),
-                    training=ocp.args.StandardSave(_training_item(state)),
+                    **{name: ocp.args.StandardSave(item) for name, item in _items(state).items()},
                     metadata=ocp.args.JsonSave(dict(metadata)),
                 ),
                 metrics=dict(metrics or {}) if self._metric else None,
@@ -199,34 +198,54 @@ class Checkpoints:
         self.wait()
         damaged: dict[int, DamagedCheckpointError] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
-            found, failure = None, None
             try:
-                found = self._restore(step, template)
+                self._check_readable(step, template)
+                with failures.felt_by_all():
+                    found = self._restore(step, template)
             except DamagedCheckpointError as error:
-                failure = error
-            if not distributed.any_process(failure is not None):
-                if damaged:
-                    directory = pathlib.Path(self._manager.directory)
-                    distributed.on_primary(functools.partial(_set_aside, directory, damaged))
-                    self._manager.reload()
-                return found
-            damaged[step] = failure or DamagedCheckpointError("another process cannot read it.")
+                damaged[step] = error
+                continue
+            if damaged:
+                directory = pathlib.Path(self._manager.directory)
+                distributed.on_primary(functools.partial(_set_aside, directory, damaged))
+                self._manager.reload()
+            return found
         if damaged:
             raise next(iter(damaged.values()))
         return None
 
+    def _check_readable(self, step: int, template: TrainState) -> None:
+        """Lets process 0 of several read all of a checkpoint, for what it finds to be known to all.
+
+        Restoring is collective: a process that failed at it could not say so to the others.
+        """
+        if jax.process_count() == 1:
+            return
+        failure: DamagedCheckpointError | None = None
+        if distributed.is_primary():
+            try:
+                with _readable(self._manager.directory, step):
+                    for name, item in _items(template).items():
+                        _check_leaves(self._manager, step, name, item)
+                        arrays = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), item)
+                        ocp.StandardCheckpointHandler().restore(
+                            self._manager.directory / str(step) / name,
+                            args=ocp.args.StandardRestore(arrays),
+                        )
+            except DamagedCheckpointError as error:
+                failure = error
+        if distributed.any_process(failure is not None):
+            raise failure or DamagedCheckpointError("process 0 cannot read it.")
+
     def _restore(self, step: int, template: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        params, model_state = template.evaluated
-        model = {"params": params, "model_state": model_state}
-        training = _training_item(template)
+        items = _items(template)
         with _readable(self._manager.directory, step):
-            _check_leaves(self._manager, step, "model", model)
-            _check_leaves(self._manager, step, "training", training)
+            for name, item in items.items():
+                _check_leaves(self._manager, step, name, item)
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    model=ocp.args.StandardRestore(model),
-                    training=ocp.args.StandardRestore(training),
+                    **{name: ocp.args.StandardRestore(item) for name, item in items.items()},
                     metadata=ocp.args.JsonRestore(),
                 ),
             )
@@ -294,11 +313,13 @@ class Checkpoints:
         self._manager.close()
 
 
-def _training_item(state: TrainState) -> dict[str, Any]:
-    item = {"step": state.step, "opt_state": state.opt_state}
+def _items(state: TrainState) -> dict[str, PyTree]:
+    """Returns the parts of a state by the name of the item that holds them."""
+    params, model_state = state.evaluated
+    training = {"step": state.step, "opt_state": state.opt_state}
     if state.ema is not None:
-        item["weights"] = (state.params, state.model_state)
-    return item
+        training["weights"] = (state.params, state.model_state)
+    return {"model": {"params": params, "model_state": model_state}, "training": training}
 
 
 def _damaged_metrics(directory: pathlib.Path) -> dict[int, DamagedCheckpointError]:

@@ -3,8 +3,10 @@
 import math
 from collections.abc import Mapping
 
+from gfa_jax import failures
 
-class TrainingFailedError(RuntimeError):
+
+class TrainingFailedError(failures.MetByAllError):
     """Training cannot go on usefully; the message says why and what to change."""
 
 

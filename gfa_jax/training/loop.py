@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from gfa_jax import _validate, data, distributed
+from gfa_jax import _validate, data, distributed, failures
 from gfa_jax import config as config_lib
 from gfa_jax.config import TrainConfig
 from gfa_jax.training import (
@@ -139,7 +139,10 @@ def train_and_evaluate(
                 workdir / "checkpoints", metric=run.best_metric, keep_best=config.loop.keep_best
             )
             try:
-                return _train(run, traced_step, evaluator, checkpoints, stop_requested, last_step)
+                with failures.felt_by_all():
+                    return _train(
+                        run, traced_step, evaluator, checkpoints, stop_requested, last_step
+                    )
             finally:
                 checkpoints.close()
 
@@ -269,9 +272,11 @@ def _train(
                 pending = None
                 try:
                     if at_eval:
-                        result = evaluate(current) or result
+                        with failures.felt_by_all():
+                            result = evaluate(current) or result
                 finally:
-                    # Also where the evaluation fails: it must not cost the training.
+                    # Also where the evaluation fails: it must not cost the training. (Of several
+                    # processes, those that did not fail would not come to save.)
                     save(current, result)
             if request:
                 checkpoints.wait()

@@ -51,7 +51,7 @@ def start(workdir, *flags, num_processes=1, num_devices=1, script="train.py"):
             f"--num_processes={num_processes}",
             f"--process_id={index}",
         ]
-        command = [sys.executable, script, f"--workdir={workdir}", *flags]
+        command = [sys.executable, *str(script).split(), f"--workdir={workdir}", *flags]
         processes.append(
             subprocess.Popen(
                 command + (cluster if num_processes > 1 else []),
@@ -205,3 +205,77 @@ def test_what_one_process_refuses_ends_all(tmp_path):
     codes, said = finish(start(tmp_path, *RECIPE, num_processes=2))
     assert codes == [2, 2], said
     assert all("config.json' is damaged" in text for text in said)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_only_one_process_cannot_write_or_read(tmp_path):
+    """All end with its message; what is damaged for all is moved aside by process 0."""
+    broken = tmp_path / "broken.py"
+    broken.write_text(
+        "import sys, jax, orbax.checkpoint as ocp\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train\n"
+        "method = sys.argv.pop(1)\n"
+        "good = getattr(ocp.CheckpointManager, method)\n"
+        "def bad(self, step, *args, **kwargs):\n"
+        "    if jax.process_index() == 1 and step > 10:\n"
+        "        raise OSError(28, 'No space left on device')\n"
+        "    return good(self, step, *args, **kwargs)\n"
+        "setattr(ocp.CheckpointManager, method, bad)\n"
+        "train.main()\n"
+    )
+    workdir = tmp_path / "run"
+    two = {"num_processes": 2, "num_devices": 2}
+    began = time.monotonic()
+    codes, said = finish(start(workdir, *RECIPE, script=f"{broken} save", **two))
+    assert codes == [2, 2], said
+    assert time.monotonic() - began < 100
+    assert "error: process 1: a checkpoint could not be written" in said[0]
+    assert "No space left on device" in said[0]
+
+    codes, said = finish(start(workdir, *RECIPE, "--stop_after=30", **two))
+    assert codes == [0, 0], said
+    assert "resumed at step 10" in said[0]
+
+    codes, said = finish(
+        start(workdir, *RECIPE, "--stop_after=40", script=f"{broken} restore", **two)
+    )
+    assert codes == [2, 2], said
+    assert "cannot be read" in said[0]
+    assert sorted(path.name for path in (workdir / "checkpoints").glob("*0")) == ["20", "30"]
+
+    for path in (workdir / "checkpoints/30/model/d").iterdir():
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    codes, said = finish(start(workdir, *RECIPE, "--stop_after=40", **two))
+    assert codes == [0, 0], said
+    assert "resumed at step 20" in said[0]
+    assert (workdir / "damaged_checkpoints/30-0").is_dir()
+    assert [step for step, validated in sorted(rows_of(workdir)) if not validated] == [
+        *range(1, 41)
+    ]
+
+
+@pytest.mark.slow
+def test_an_attack_that_fails_on_one_process_ends_both(tmp_path):
+    codes, said = finish(start(tmp_path / "run", *RECIPE, "--stop_after=10"))
+    assert codes == [0], said
+    broken = tmp_path / "broken.py"
+    broken.write_text(
+        "import sys, jax\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from gfa_jax.evaluation import records\n"
+        "good = records.Records.save\n"
+        "def bad(self, *args):\n"
+        "    if jax.process_index() == 1:\n"
+        "        raise OSError(28, 'No space left on device')\n"
+        "    return good(self, *args)\n"
+        "records.Records.save = bad\n"
+        "import eval\n"
+        "eval.main()\n"
+    )
+    flags = ["--attacks=pgd:num_steps=2", "--num_examples=60", "--batch_size=8"]
+    codes, said = finish(
+        start(tmp_path / "run", *flags, "--diagnostics=off", script=broken, num_processes=2)
+    )
+    assert codes == [2, 2], said
+    assert "error: process 1: [Errno 28] No space left on device" in said[0]
