@@ -8,7 +8,7 @@ This file is intentionally short: the loop is ``gfa_jax.training.loop``.
 import jax
 
 from gfa_jax import cli, distributed
-from gfa_jax.training import dry_run, guards, loop
+from gfa_jax.training import checkpoint, dry_run, guards, loop
 
 
 def main() -> None:
@@ -22,15 +22,21 @@ def main() -> None:
         if distributed.is_primary():
             print(text)
         return
-    try:
-        cli.run_or_fail(
-            lambda: loop.train_and_evaluate(
+
+    def train() -> None:
+        try:
+            loop.train_and_evaluate(
                 flags.config,
                 flags.workdir,
                 stop_after=flags.stop_after,
                 tensorboard=flags.tensorboard,
             )
-        )
+        except checkpoint.SaveFailedError as error:
+            # Threads of orbax still wait for the part of the save that failed.
+            cli.fail_at_once(str(error))
+
+    try:
+        cli.run_or_fail(train)
     except guards.TrainingFailedError as error:
         raise SystemExit(f"error: {error}") from error
 

@@ -8,9 +8,10 @@ program with a suggestion, before anything runs.
 import argparse
 import dataclasses
 import fractions
+import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 
@@ -27,6 +28,32 @@ def parse_number(text: str) -> float:
         return float(fractions.Fraction(text)) if "/" in text else float(text)
     except ZeroDivisionError as error:
         raise ValueError(f"{text} divides by zero") from error
+
+
+def parse_value(text: str, default: object, what: str) -> Any:
+    """Parses the text of an option as the kind of its default.
+
+    ``None`` stands for a number, and a tuple for names joined by ``+``.
+
+    Args:
+      text: such as ``8/255``.
+      default: of the option.
+      what: the option, for messages.
+
+    Raises:
+      ValueError: naming the option, the value and what would be valid.
+    """
+    if isinstance(default, str | tuple):
+        return text
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "false": False}[text.lower()]
+        if isinstance(default, int) or (default is None and text.isdecimal()):
+            return int(text)
+        return parse_number(text)
+    except (KeyError, ValueError) as error:
+        kind = {bool: "true or false", int: "an integer"}.get(type(default), "a number")
+        raise ValueError(f"{what}={text} must be {kind}.") from error
 
 
 _REGISTRY = tyro.constructors.ConstructorRegistry()
@@ -133,6 +160,14 @@ def fail(message: str) -> NoReturn:
     """Ends the program with code 2 and a message on standard error."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def fail_at_once(message: str) -> NoReturn:
+    """Does the same without waiting for any thread, nor running what was left for the exit."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(2)
 
 
 def run_or_fail(function: Callable[[], Value]) -> Value:

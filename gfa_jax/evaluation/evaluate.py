@@ -76,28 +76,11 @@ def parse_attack(spec: str) -> tuple[str, dict[str, Any]]:
                 f"attacks={spec!r}: {part!r} is not option=value, such as num_steps=100."
             )
         _validate.known_options(f"attack {name!r}", {option: text}, known)
-        options[option] = _parse_value(spec, option, known[option].default, text)
+        default = known[option].default
+        if isinstance(default, Estimator):
+            raise ValueError(f"attacks={spec!r}: {option} cannot be given as text.")
+        options[option] = cli.parse_value(text, default, f"attacks={spec!r}: {option}")
     return name, options
-
-
-def _parse_value(spec: str, option: str, default: object, text: str) -> Any:
-    """Parses an option's text as the kind of its default.
-
-    ``None`` stands for a number, and a tuple for names joined by ``+``.
-    """
-    if isinstance(default, Estimator):
-        raise ValueError(f"attacks={spec!r}: {option} cannot be given as text.")
-    if isinstance(default, str | tuple):
-        return text
-    try:
-        if isinstance(default, bool):
-            return {"true": True, "false": False}[text.lower()]
-        if isinstance(default, int) or (default is None and text.isdecimal()):
-            return int(text)
-        return cli.parse_number(text)
-    except (KeyError, ValueError) as error:
-        kind = {bool: "true or false", int: "an integer"}.get(type(default), "a number")
-        raise ValueError(f"attacks={spec!r}: {option}={text} must be {kind}.") from error
 
 
 def evaluate(flags: EvalFlags) -> dict[str, Any]:

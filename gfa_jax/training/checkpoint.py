@@ -38,7 +38,11 @@ class DamagedCheckpointError(ValueError):
 
 
 class SaveFailedError(OSError):
-    """A checkpoint could not be written; those before it are intact."""
+    """A checkpoint could not be written; those before it are intact.
+
+    Threads of orbax may still wait for the part that failed, and keep a Python program from exiting
+    until they give up: ``train.py`` leaves by ``os._exit``.
+    """
 
 
 class IncompatibleCheckpointError(ValueError):

@@ -58,12 +58,6 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     memory, program = compiled.memory_analysis(), compiled.as_text()
     if memory is None or program is None:
         raise ValueError(f"{jax.default_backend()} devices do not tell what a program needs.")
-    peak_bytes = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
     transfers = collectives.transfers(program, num_devices)
     variables = {"params": template.params, **template.model_state}
     forward = functools.partial(built.module.apply, train=False)
@@ -79,11 +73,22 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         "flops": operations,
         "forward_flops": flops.count(forward, variables, jax.ShapeDtypeStruct(images, jnp.float32)),
         "devices": num_devices,
-        "memory_bytes": peak_bytes,
+        "memory_bytes": peak_bytes(memory),
         "collectives": {kind: one._asdict() for kind, one in collectives.count(program).items()},
         "transfers": [one._asdict() for one in transfers],
         "expected_seconds": expected,
     }
+
+
+def peak_bytes(memory: Any) -> int:
+    """Returns the bytes that a program takes at its peak, from ``compiled.memory_analysis()``."""
+    total: int = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    return total
 
 
 def text(config: TrainConfig, found: Mapping[str, Any]) -> str:

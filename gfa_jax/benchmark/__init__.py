@@ -1,0 +1,1 @@
+"""How fast compiled training steps and attacks are: ``python -m gfa_jax.benchmark``."""
