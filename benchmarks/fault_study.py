@@ -32,6 +32,9 @@ RECIPE = (
     "--config.loop.log_every=1",
 )
 
+_PATIENCE = 180
+"""Seconds after which a program is taken to hang."""
+
 # Programs around train.py's, for faults from within.
 _NAN_AT = 333
 _NAN_IN_A_BATCH = f"""
@@ -161,7 +164,7 @@ def resume(
     process = start(workdir, f"--stop_after={stop_after}")
     wait_for_step(workdir, min(before + 1, stop_after), process)
     recovery = time.monotonic() - started
-    if process.wait(timeout=600):
+    if process.wait(timeout=_PATIENCE):
         raise RuntimeError(f"{fault}: resuming failed: {said(workdir)}")
     match = re.search(r"resumed at step (\d+)", said(workdir))
     resumed = int(match.group(1)) if match else (before if before == NUM_STEPS else 0)
@@ -201,7 +204,7 @@ def stopped_at(workdir: pathlib.Path, step: int) -> None:
     process = start(workdir)
     wait_for_step(workdir, step, process)
     process.send_signal(signal.SIGTERM)
-    if process.wait(timeout=600):
+    if process.wait(timeout=_PATIENCE):
         raise RuntimeError(said(workdir))
 
 
@@ -254,7 +257,7 @@ def run(flags: Flags) -> list[Trial]:
         for workdir in (whole, saved):
             shutil.rmtree(workdir, ignore_errors=True)
         started = time.monotonic()
-        if start(whole).wait(timeout=600):
+        if start(whole).wait(timeout=_PATIENCE):
             raise RuntimeError(said(whole))
         record["seconds"] = time.monotonic() - started
         stopped_at(saved, 220)
@@ -299,13 +302,13 @@ def clock_jumps(workdir: pathlib.Path, expected: Outcome) -> Trial:
     process = start(workdir, program=_CLOCK_THAT_JUMPS)
     wait_for_step(workdir, 300, process)
     process.send_signal(signal.SIGTERM)
-    code = process.wait(timeout=600)
+    code = process.wait(timeout=_PATIENCE)
     return resume(workdir, "clock jumps by two days", code, "trains on", expected)
 
 
 def nan_in_a_batch(workdir: pathlib.Path, expected: Outcome) -> Trial:
     """Puts a NaN into one pixel of one batch."""
-    code = start(workdir, program=_NAN_IN_A_BATCH).wait(timeout=600)
+    code = start(workdir, program=_NAN_IN_A_BATCH).wait(timeout=_PATIENCE)
     return resume(workdir, "NaN in a batch", code, error_of(workdir), expected)
 
 
@@ -324,7 +327,7 @@ def full_disk(mount: pathlib.Path, expected: Outcome) -> Trial | None:
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
             while True:
                 file.write(bytes(4096))
-        code = process.wait(timeout=600)
+        code = process.wait(timeout=_PATIENCE)
         filler.unlink()
         return resume(workdir, "full disk", code, error_of(workdir), expected)
     finally:
@@ -341,7 +344,7 @@ def read_only_checkpoints(workdir: pathlib.Path, expected: Outcome) -> Trial:
     process = start(workdir, prefix=_respecting_permissions())
     wait_for_step(workdir, 220, process)
     (workdir / "checkpoints").chmod(0o555)
-    code = process.wait(timeout=600)
+    code = process.wait(timeout=_PATIENCE)
     last = error_of(workdir)
     (workdir / "checkpoints").chmod(0o755)
     return resume(workdir, "checkpoints folder read-only", code, last, expected)
@@ -352,7 +355,7 @@ def read_only_folder(workdir: pathlib.Path) -> Trial:
     workdir.mkdir()
     workdir.chmod(0o555)
     started = time.monotonic()
-    code = start(workdir, prefix=_respecting_permissions()).wait(timeout=600)
+    code = start(workdir, prefix=_respecting_permissions()).wait(timeout=_PATIENCE)
     untouched = not list(workdir.iterdir())
     workdir.chmod(0o755)
     return Trial(

@@ -136,6 +136,20 @@ def step_config(step: str, task: Task) -> TrainConfig:
     return config
 
 
+def adapted(config: TrainConfig, task: Task) -> TrainConfig:
+    """Returns a recipe with the model, batch, type and precision of a task.
+
+    Raises:
+      ValueError: where they do not go together.
+    """
+    model = dataclasses.replace(config.model, name=task.model, dtype=task.dtype, remat=task.remat)
+    config = dataclasses.replace(
+        config, model=model, batch_size=task.batch_size, precision=task.precision
+    )
+    config_lib.validate(config, num_devices=jax.device_count())
+    return config
+
+
 def train_step(config: TrainConfig, task: Task) -> Program:
     """Compiles the training step of a recipe, exactly as ``train.py`` does.
 

@@ -62,7 +62,7 @@ def interleaved(
         counts[name] = max(1, round(sample_seconds / sample(start, 1)))
     seconds: dict[str, list[list[float]]] = {name: [] for name in starts}
     for number in range(1, rounds + 1):
-        for name in list(starts) if number % 2 else reversed(starts):
+        for name in list(starts)[:: 1 if number % 2 else -1]:
             progress(number, name)
             seconds[name].append([sample(starts[name], counts[name]) for _ in range(samples)])
     return seconds

@@ -203,3 +203,18 @@ DEVICES: Mapping[str, Device] = {
     ),
 }
 """The devices that plans are made for."""
+
+_KINDS = {
+    "TPU v5 lite": "TPU v5e",
+    "TPU v5e": "TPU v5e",
+    "TPU v6 lite": "TPU v6e",
+    "TPU v6e": "TPU v6e",
+    "NVIDIA H100 80GB HBM3": "H100 SXM",
+    "NVIDIA A100-SXM4-40GB": "A100 SXM",
+    "NVIDIA A100-SXM4-80GB": "A100 SXM",
+}
+
+
+def of_kind(kind: str) -> Device | None:
+    """Returns the data sheet for a ``jax.Device.device_kind``, or ``None`` without one."""
+    return DEVICES.get(_KINDS.get(kind, ""))
