@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gfa_jax import attacks, cli, models
+from gfa_jax import attacks, cli, data, models
 from gfa_jax import config as config_lib
 from gfa_jax.config import (
     AttackConfig,
@@ -161,15 +161,15 @@ def train_step(config: TrainConfig, task: Task) -> Program:
     step = built.train_step(mesh)
     key = layout.everywhere(lambda: jax.random.key(0), mesh)
     split = layout.split(mesh)
-    batch = {name: jax.device_put(value, split) for name, value in _batch(task, jnp.uint8).items()}
+    examples = {name: jax.device_put(value, split) for name, value in batch(task).items()}
     with jax.default_matmul_precision(config.precision):
-        operations = flops.count(step, built.template(mesh), batch, key)
-        compiled, seconds = _compile(step, built.template(mesh), batch, key)
+        operations = flops.count(step, built.template(mesh), examples, key)
+        compiled, seconds = _compile(step, built.template(mesh), examples, key)
         state = jax.jit(built.init, out_shardings=built.shardings(mesh))(jax.random.key(0))
 
     def start() -> Any:
         nonlocal state
-        state, metrics = compiled(state, batch, key)
+        state, metrics = compiled(state, examples, key)
         return metrics
 
     return Program(start, task.batch_size, operations, _memory(compiled), *seconds)
@@ -201,8 +201,7 @@ def attack(name: str, options: Mapping[str, Any], threat: ThreatModel, task: Tas
         num_classes=task.num_classes,
         homogeneous=task.homogeneous and models.MODELS[task.model].has_homogeneous_form,
     )
-    batch = _batch(task, jnp.float32)
-    images, mesh = batch["inputs"], layout.data_mesh()
+    images, mesh = data.to_float(batch(task)["inputs"]), layout.data_mesh()
     with jax.default_matmul_precision(task.precision):
         variables = jax.jit(functools.partial(module.init, train=False))(
             jax.random.key(0), images[:1]
@@ -236,12 +235,12 @@ def product(size: int = 2048) -> Program:
     return Program(lambda: compiled(one, other), 1, 2 * size**3, _memory(compiled), *seconds)
 
 
-def _batch(task: Task, dtype: Any) -> dict[str, Array]:
+def batch(task: Task) -> dict[str, Array]:
+    """Returns random images, uint8 ``[B, H, W, C]``, and labels, int32 ``[B]``."""
     pixels, labels = jax.random.split(jax.random.key(1))
     shape = (task.batch_size, *task.image_shape)
-    images = jax.random.randint(pixels, shape, 0, 256).astype(jnp.uint8)
     return {
-        "inputs": images if dtype == jnp.uint8 else images.astype(dtype) / 255,
+        "inputs": jax.random.randint(pixels, shape, 0, 256).astype(jnp.uint8),
         "labels": jax.random.randint(labels, shape[:1], 0, task.num_classes),
     }
 
