@@ -113,7 +113,7 @@ def conv_general_dilated(
     sees as convolutions with image-sized kernels, naively everywhere, and convolutions from or to
     very few channels at a fraction of its speed. On CPU this writes the input gradient of a plain
     stride-1 convolution as an ordinary convolution with the flipped kernel, the weight gradient as
-    one matrix product for each kernel offset, and convolutions of images or their gradients, up to
+    matrix products over groups of examples that fit the cache, and convolutions of images or their gradients, up to
     three channels, without XLA's own. Values and derivatives of every order are those of ``lax`` up
     to rounding; forward-mode differentiation is not available there. Other backends and other
     convolutions go straight to ``lax``.
@@ -148,6 +148,8 @@ Pads = tuple[tuple[int, int], tuple[int, int]]
 
 # From this many output positions on, a product for each offset beats XLA:CPU's own weight gradient.
 _MIN_POSITIONS_FOR_PRODUCTS = 128
+# Of a group of examples in a weight gradient, with its shifted copies: about a core's own cache.
+_GROUP_BYTES = 4 << 20
 # Kernel offsets times channels up to which sums of products beat XLA:CPU's convolution: 3x3 of RGB.
 _MAX_TERMS = 27
 
@@ -232,6 +234,15 @@ def _correlate(pads: Pads, precision: Any, inputs: Array, cotangent: Array) -> A
             precision=precision,
         )
         return transposed.transpose(1, 2, 0, 3)
+    if jax.device_count() > 1:
+        # Loops over parts of the batch do not go with a batch that is split over devices.
+        return _correlate_by_offset(pads, precision, inputs, cotangent)
+    return _correlate_in_groups(pads, precision, inputs, cotangent)
+
+
+def _correlate_by_offset(pads: Pads, precision: Any, inputs: Array, cotangent: Array) -> Array:
+    """Makes one product for each kernel offset."""
+    height, width, channels = cotangent.shape[1:]
     padded = _pad(pads, inputs)
     right = cotangent.reshape(-1, channels)
 
@@ -243,6 +254,49 @@ def _correlate(pads: Pads, precision: Any, inputs: Array, cotangent: Array) -> A
     return jnp.stack(
         [jnp.stack([product(row, column) for column in range(columns)]) for row in range(rows)]
     )
+
+
+def _correlate_in_groups(pads: Pads, precision: Any, inputs: Array, cotangent: Array) -> Array:
+    """Makes one product for each row of the kernel and group of examples that fits the cache.
+
+    The products contract over all positions of the batch, which do not fit: XLA:CPU would stream
+    them from memory once for each product.
+    """
+    dtype = jnp.result_type(inputs, cotangent)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    (batch, height, width, after), before = cotangent.shape, inputs.shape[3]
+    (top, bottom), (left, right) = pads
+    padded_height = inputs.shape[1] + top + bottom
+    columns = inputs.shape[2] + left + right - width + 1
+    rows = padded_height - height + 1
+    example_bytes = padded_height * width * columns * before * dtype.itemsize
+    size = max(
+        (n for n in range(1, batch + 1) if batch % n == 0 and n * example_bytes <= _GROUP_BYTES),
+        default=1,
+    )
+
+    def add(total: Array, group: tuple[Array, Array]) -> tuple[Array, None]:
+        images, gradients = group
+        padded = _pad(pads, images)
+        shifted = jnp.concatenate(
+            [padded[:, :, column : column + width] for column in range(columns)], axis=-1
+        )
+        products = [
+            lax.dot_general(
+                gradients.reshape(-1, after),
+                shifted[:, row : row + height].reshape(-1, columns * before),
+                (((0,), (0,)), ((), ())),
+                precision=precision,
+                preferred_element_type=wide,
+            )
+            for row in range(rows)
+        ]
+        return total + jnp.stack(products), None
+
+    groups = [value.reshape(-1, size, *value.shape[1:]) for value in (inputs, cotangent)]
+    total, _ = lax.scan(add, jnp.zeros((rows, after, columns * before), wide), tuple(groups))
+    kernel = total.reshape(rows, after, columns, before).transpose(0, 2, 3, 1)
+    return kernel.astype(dtype)
 
 
 def _transpose(pads: Pads, precision: Any, cotangent: Array, kernel: Array) -> Array:
