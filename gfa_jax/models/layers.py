@@ -109,14 +109,13 @@ def conv_general_dilated(
     """``lax.conv_general_dilated`` with derivatives that are fast on CPU, for ``nn.Conv``.
 
     It is given as ``nn.Conv(conv_general_dilated=...)``. XLA:CPU runs the transposed convolutions
-    of a backward pass naively inside a while loop (jax issue 12868), weight gradients, which it
-    sees as convolutions with image-sized kernels, naively everywhere, and convolutions from or to
-    very few channels at a fraction of its speed. On CPU this writes the input gradient of a plain
-    stride-1 convolution as an ordinary convolution with the flipped kernel, the weight gradient as
-    matrix products over groups of examples that fit the cache, and convolutions of images or their gradients, up to
-    three channels, without XLA's own. Values and derivatives of every order are those of ``lax`` up
-    to rounding; forward-mode differentiation is not available there. Other backends and other
-    convolutions go straight to ``lax``.
+    of a backward pass naively inside a while loop (jax issue 12868), and weight gradients, which it
+    sees as convolutions with image-sized kernels, naively everywhere. On CPU this writes the input
+    gradient of a plain stride-1 convolution as an ordinary convolution with the flipped kernel, the
+    weight gradient as matrix products over groups of examples that fit the cache, and convolutions
+    of images or their gradients, up to three channels, in forms of their own. Values and
+    derivatives of every order are those of ``lax`` up to rounding; forward-mode differentiation is
+    not available there. Other backends and other convolutions go straight to ``lax``.
     """
     plain = (
         all(stride == 1 for stride in window_strides)
@@ -146,10 +145,11 @@ def conv_general_dilated(
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
-# From this many output positions on, a product for each offset beats XLA:CPU's own weight gradient.
-_MIN_POSITIONS_FOR_PRODUCTS = 128
-# Of a group of examples in a weight gradient, with its shifted copies: about a core's own cache.
-_GROUP_BYTES = 4 << 20
+# From so many output positions, or positions times input channels, products beat XLA:CPU's own
+# weight gradient.
+_MIN_POSITIONS, _MIN_SIZE = 128, 4096
+# About what stays in a core's own caches.
+_CACHE_BYTES = 4 << 20
 # Kernel offsets times channels up to which sums of products beat XLA:CPU's convolution: 3x3 of RGB.
 _MAX_TERMS = 27
 
@@ -165,7 +165,7 @@ def _explicit_padding(padding: Any, spatial: Sequence[int], kernel: Sequence[int
 def _convolve(pads: Pads, precision: Any, inputs: Array, kernel: Array) -> Array:
     height, width, before, after = kernel.shape
     if height * width * before <= _MAX_TERMS:
-        return _convolve_few_inputs(pads, inputs, kernel)
+        return _convolve_few_inputs(pads, precision, inputs, kernel)
     if height * width * after <= _MAX_TERMS:
         return _convolve_few_outputs(pads, precision, inputs, kernel)
     return lax.conv_general_dilated(
@@ -187,17 +187,31 @@ def _windows(padded: Array, kernel: Array) -> Iterator[tuple[int, int, Array]]:
             yield row, column, padded[:, row : row + rows, column : column + columns]
 
 
-def _convolve_few_inputs(pads: Pads, inputs: Array, kernel: Array) -> Array:
-    """Adds up the products of each channel at each offset, which XLA fuses into one loop."""
+def _convolve_few_inputs(pads: Pads, precision: Any, inputs: Array, kernel: Array) -> Array:
+    """Convolves images of very few channels.
+
+    Small batches: the products of each channel at each offset are added up, which XLA fuses into
+    one loop, with whatever reads the sums: it makes them again for each reader. Large ones:
+    convolutions of 4 channels run faster than of 3.
+    """
     dtype = jnp.result_type(inputs, kernel)
     wide = jnp.promote_types(dtype, jnp.float32)
+    channels, after = kernel.shape[2:]
+    if inputs[..., 0].size * after * wide.itemsize > _CACHE_BYTES:
+        if channels == 3:
+            zero = jnp.zeros((), dtype)
+            inputs = lax.pad(inputs, zero, [(0, 0, 0)] * 3 + [(0, 1, 0)])
+            kernel = lax.pad(kernel, zero, [(0, 0, 0)] * 2 + [(0, 1, 0), (0, 0, 0)])
+        return lax.conv_general_dilated(
+            inputs, kernel, (1, 1), pads, dimension_numbers=_NHWC, precision=precision
+        )
     # Whatever computes the inputs would be fused too, and run again for every product.
     padded = lax.optimization_barrier(_pad(pads, inputs).astype(wide))
     kernel = kernel.astype(wide)
     terms = (
         seen[..., channel, None] * kernel[None, row, None, column, None, channel]
         for row, column, seen in _windows(padded, kernel)
-        for channel in range(kernel.shape[2])
+        for channel in range(channels)
     )
     return functools.reduce(jnp.add, terms).astype(dtype)
 
@@ -223,8 +237,8 @@ def _correlate(pads: Pads, precision: Any, inputs: Array, cotangent: Array) -> A
     ``k[i, j, c, d]`` is the sum over examples and positions ``p`` of
     ``padded_inputs[p + (i, j), c] cotangent[p, d]``.
     """
-    height, width, channels = cotangent.shape[1:]
-    if height * width < _MIN_POSITIONS_FOR_PRODUCTS:
+    positions, channels = cotangent.shape[1] * cotangent.shape[2], inputs.shape[3]
+    if positions < _MIN_POSITIONS and positions * channels < _MIN_SIZE:
         transposed = lax.conv_general_dilated(
             inputs.transpose(3, 1, 2, 0),
             cotangent.transpose(1, 2, 0, 3),
@@ -271,7 +285,7 @@ def _correlate_in_groups(pads: Pads, precision: Any, inputs: Array, cotangent: A
     rows = padded_height - height + 1
     example_bytes = padded_height * width * columns * before * dtype.itemsize
     size = max(
-        (n for n in range(1, batch + 1) if batch % n == 0 and n * example_bytes <= _GROUP_BYTES),
+        (n for n in range(1, batch + 1) if batch % n == 0 and n * example_bytes <= _CACHE_BYTES),
         default=1,
     )
 
@@ -293,8 +307,10 @@ def _correlate_in_groups(pads: Pads, precision: Any, inputs: Array, cotangent: A
         ]
         return total + jnp.stack(products), None
 
-    groups = [value.reshape(-1, size, *value.shape[1:]) for value in (inputs, cotangent)]
-    total, _ = lax.scan(add, jnp.zeros((rows, after, columns * before), wide), tuple(groups))
+    groups = jax.tree.map(
+        lambda value: value.reshape(-1, size, *value.shape[1:]), (inputs, cotangent)
+    )
+    total, _ = lax.scan(add, jnp.zeros((rows, after, columns * before), wide), groups)
     kernel = total.reshape(rows, after, columns, before).transpose(0, 2, 3, 1)
     return kernel.astype(dtype)
 

@@ -41,6 +41,15 @@ def canonical(inputs, kernel, padding):
     return layers._convolve(pads, None, inputs, kernel)
 
 
+@pytest.fixture(params=["several_devices", "one_device", "small_cache"])
+def machine(request, monkeypatch):
+    """One device takes weight gradients over groups of examples; a small cache makes them many."""
+    if request.param != "several_devices":
+        monkeypatch.setattr(jax, "device_count", lambda: 1)
+    if request.param == "small_cache":
+        monkeypatch.setattr(layers, "_CACHE_BYTES", 1000)
+
+
 @pytest.fixture(params=CASES)
 def case(request, key):
     shape, kernel_shape, padding = CASES[request.param]
@@ -48,7 +57,7 @@ def case(request, key):
     return jax.random.normal(left, shape), jax.random.normal(right, kernel_shape), padding
 
 
-def test_values_and_first_derivatives(case):
+def test_values_and_first_derivatives(case, machine):
     inputs, kernel, padding = case
     with jax.enable_x64(True):
         inputs, kernel = inputs.astype(jnp.float64), kernel.astype(jnp.float64)
@@ -59,7 +68,7 @@ def test_values_and_first_derivatives(case):
         chex.assert_trees_all_close(*results, rtol=1e-10, atol=1e-10)
 
 
-def test_second_derivatives(case):
+def test_second_derivatives(case, machine):
     inputs, kernel, padding = case
     with jax.enable_x64(True):
         inputs, kernel = inputs.astype(jnp.float64), kernel.astype(jnp.float64)
@@ -77,7 +86,7 @@ def test_second_derivatives(case):
 
 
 @pytest.mark.parametrize("name", ["same_small", "same_large", "few_inputs", "few_outputs"])
-def test_bfloat16_is_rounded_once(name, key):
+def test_bfloat16_is_rounded_once(name, key, machine):
     """In value, in first derivatives, and in the derivatives of each of these."""
     shape, kernel_shape, padding = CASES[name]
     keys = jax.random.split(key, 3)
