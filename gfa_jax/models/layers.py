@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gfa_jax import norms
 from gfa_jax.types import Array
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
@@ -109,26 +110,28 @@ def conv_general_dilated(
     """``lax.conv_general_dilated`` with derivatives that are fast on CPU, for ``nn.Conv``.
 
     It is given as ``nn.Conv(conv_general_dilated=...)``. XLA:CPU runs the transposed convolutions
-    of a backward pass naively inside a while loop (jax issue 12868), and weight gradients, which it
-    sees as convolutions with image-sized kernels, naively everywhere. On CPU this writes the input
-    gradient of a plain stride-1 convolution as an ordinary convolution with the flipped kernel, the
-    weight gradient as matrix products over groups of examples that fit the cache, and convolutions
-    of images or their gradients, up to three channels, in forms of their own. Values and
-    derivatives of every order are those of ``lax`` up to rounding; forward-mode differentiation is
-    not available there. Other backends and other convolutions go straight to ``lax``.
+    of a backward pass naively inside a while loop (jax issue 12868), and naively everywhere weight
+    gradients, which it sees as convolutions with image-sized kernels, and second derivatives of
+    strided convolutions. On CPU this writes the input gradient of a stride-1 convolution as an
+    ordinary convolution with the flipped kernel, the weight gradient as matrix products over groups
+    of examples that fit the cache, convolutions of images or their gradients, up to three channels,
+    in forms of their own, and derivatives of strided convolutions as those of stride-1 convolutions
+    of every second row and column. Values and derivatives of every order are those of ``lax`` up to
+    rounding; forward-mode differentiation is not available there. Other backends, and convolutions
+    with dilation or groups, go straight to ``lax``.
     """
     plain = (
-        all(stride == 1 for stride in window_strides)
-        and all(dilation == 1 for dilation in (*(lhs_dilation or ()), *(rhs_dilation or ())))
+        all(dilation == 1 for dilation in (*(lhs_dilation or ()), *(rhs_dilation or ())))
         and feature_group_count == 1
         and not kwargs
         and lhs.ndim == 4
         and dimension_numbers == _FLAX_NHWC
     )
     if plain and jax.default_backend() == "cpu":
-        return _convolve(
-            _explicit_padding(padding, lhs.shape[1:3], rhs.shape[:2]), precision, lhs, rhs
-        )
+        pads = _explicit_padding(padding, lhs.shape[1:3], rhs.shape[:2], window_strides)
+        if all(stride == 1 for stride in window_strides):
+            return _convolve(pads, precision, lhs, rhs)
+        return _convolve_strided(tuple(window_strides), pads, precision, lhs, rhs)
     return lax.conv_general_dilated(
         lhs,
         rhs,
@@ -154,9 +157,11 @@ _CACHE_BYTES = 4 << 20
 _MAX_TERMS = 27
 
 
-def _explicit_padding(padding: Any, spatial: Sequence[int], kernel: Sequence[int]) -> Pads:
+def _explicit_padding(
+    padding: Any, spatial: Sequence[int], kernel: Sequence[int], strides: Sequence[int] = (1, 1)
+) -> Pads:
     if isinstance(padding, str):
-        padding = lax.padtype_to_pads(spatial, kernel, (1, 1), padding)
+        padding = lax.padtype_to_pads(spatial, kernel, strides, padding)
     (top, bottom), (left, right) = padding
     return (int(top), int(bottom)), (int(left), int(right))
 
@@ -361,3 +366,70 @@ def _correlate_bwd(
 
 _convolve.defvjp(_convolve_fwd, _convolve_bwd)
 _correlate.defvjp(_correlate_fwd, _correlate_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _convolve_strided(
+    strides: tuple[int, int], pads: Pads, precision: Any, inputs: Array, kernel: Array
+) -> Array:
+    return lax.conv_general_dilated(
+        inputs, kernel, strides, pads, dimension_numbers=_NHWC, precision=precision
+    )
+
+
+def _convolve_by_phases(
+    strides: tuple[int, int], pads: Pads, precision: Any, inputs: Array, kernel: Array
+) -> Array:
+    """Adds up stride-1 convolutions, one for each residue of rows and columns modulo the stride.
+
+    Output ``o`` sees input ``o * stride + i`` through kernel offset ``i = t * stride + phase``: of
+    each phase, a stride-1 convolution of every ``stride``-th input with every ``stride``-th offset.
+    """
+    dtype = jnp.result_type(inputs, kernel)
+    # Of half precision, sums are rounded once.
+    inputs, kernel = (norms.wide(array.astype(dtype)) for array in (inputs, kernel))
+    outputs, cropped = [], []
+    for axis in (0, 1):
+        (before, after), stride, offsets = pads[axis], strides[axis], kernel.shape[axis]
+        size = inputs.shape[1 + axis]
+        outputs.append((size + before + after - offsets) // stride + 1)
+        seen = (outputs[axis] - 1) * stride + offsets
+        cropped.append((before, seen - size - before))
+    padded = _pad((cropped[0], cropped[1]), inputs)
+    terms = [
+        _convolve(
+            ((0, 0), (0, 0)),
+            precision,
+            padded[:, row :: strides[0], column :: strides[1]][
+                :, : outputs[0] + rows - 1, : outputs[1] + columns - 1
+            ],
+            part,
+        )
+        for row in range(min(strides[0], kernel.shape[0]))
+        for column in range(min(strides[1], kernel.shape[1]))
+        for part in [kernel[row :: strides[0], column :: strides[1]]]
+        for rows, columns in [part.shape[:2]]
+    ]
+    return functools.reduce(jnp.add, terms).astype(dtype)
+
+
+def _convolve_strided_fwd(
+    strides: tuple[int, int], pads: Pads, precision: Any, inputs: Array, kernel: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    return _convolve_strided(strides, pads, precision, inputs, kernel), (inputs, kernel)
+
+
+def _convolve_strided_bwd(
+    strides: tuple[int, int],
+    pads: Pads,
+    precision: Any,
+    residuals: tuple[Array, Array],
+    cotangent: Array,
+) -> tuple[Array, Array]:
+    phases = functools.partial(_convolve_by_phases, strides, pads, precision)
+    _, pull_back = jax.vjp(phases, *residuals)
+    inputs, kernel = pull_back(cotangent)
+    return inputs, kernel
+
+
+_convolve_strided.defvjp(_convolve_strided_fwd, _convolve_strided_bwd)

@@ -28,17 +28,26 @@ CASES = {
     "few_outputs_valid": ((2, 14, 15, 14), (3, 2, 14, 2), "VALID"),
     "few_outputs_cropped": ((2, 6, 6, 14), (2, 2, 14, 2), ((-1, 0), (2, -2))),
 }
+STRIDED = {
+    "halving": ((2, 8, 6, 5), (3, 3, 5, 4), "SAME", (2, 2)),
+    "halving_odd": ((2, 27, 26, 4), (3, 3, 4, 5), ((1, 1), (1, 1)), (2, 2)),
+    "shortcut": ((2, 8, 7, 5), (1, 1, 5, 4), "VALID", (2, 2)),
+    "unequal": ((2, 11, 9, 4), (4, 2, 4, 5), ((0, 3), (2, 1)), (3, 1)),
+    "patches": ((2, 8, 8, 3), (4, 4, 3, 5), "VALID", (4, 4)),
+    "cropped": ((2, 9, 9, 4), (2, 3, 4, 5), ((-1, 0), (1, -2)), (2, 2)),
+}
+ALL = {name: (*case, (1, 1)) for name, case in CASES.items()} | STRIDED
 
 
-def reference(inputs, kernel, padding):
+def reference(inputs, kernel, padding, strides=(1, 1)):
     numbers = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(inputs, kernel, (1, 1), padding, dimension_numbers=numbers)
+    return lax.conv_general_dilated(inputs, kernel, strides, padding, dimension_numbers=numbers)
 
 
-def canonical(inputs, kernel, padding):
-    spatial, size = inputs.shape[1:3], kernel.shape[:2]
-    pads = layers._explicit_padding(padding, spatial, size)
-    return layers._convolve(pads, None, inputs, kernel)
+def canonical(inputs, kernel, padding, strides=(1, 1)):
+    return layers.conv_general_dilated(
+        inputs, kernel, strides, padding, dimension_numbers=layers._FLAX_NHWC
+    )
 
 
 @pytest.fixture(params=["several_devices", "one_device", "small_cache"])
@@ -50,31 +59,31 @@ def machine(request, monkeypatch):
         monkeypatch.setattr(layers, "_CACHE_BYTES", 1000)
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=ALL)
 def case(request, key):
-    shape, kernel_shape, padding = CASES[request.param]
+    shape, kernel_shape, *where = ALL[request.param]
     left, right = jax.random.split(key)
-    return jax.random.normal(left, shape), jax.random.normal(right, kernel_shape), padding
+    return jax.random.normal(left, shape), jax.random.normal(right, kernel_shape), where
 
 
 def test_values_and_first_derivatives(case, machine):
-    inputs, kernel, padding = case
+    inputs, kernel, where = case
     with jax.enable_x64(True):
         inputs, kernel = inputs.astype(jnp.float64), kernel.astype(jnp.float64)
         results = []
         for conv in (canonical, reference):
-            loss = lambda x, k, conv=conv: jnp.sum(jnp.sin(conv(x, k, padding)))  # noqa: E731
-            results.append((conv(inputs, kernel, padding), *jax.grad(loss, (0, 1))(inputs, kernel)))
+            loss = lambda x, k, conv=conv: jnp.sum(jnp.sin(conv(x, k, *where)))  # noqa: E731
+            results.append((conv(inputs, kernel, *where), *jax.grad(loss, (0, 1))(inputs, kernel)))
         chex.assert_trees_all_close(*results, rtol=1e-10, atol=1e-10)
 
 
 def test_second_derivatives(case, machine):
-    inputs, kernel, padding = case
+    inputs, kernel, where = case
     with jax.enable_x64(True):
         inputs, kernel = inputs.astype(jnp.float64), kernel.astype(jnp.float64)
 
         def gradient_energy(x, k, conv):
-            loss = lambda x, k: jnp.sum(jnp.sin(conv(x, k, padding)))  # noqa: E731
+            loss = lambda x, k: jnp.sum(jnp.sin(conv(x, k, *where)))  # noqa: E731
             first, second = jax.grad(loss, (0, 1))(x, k)
             return jnp.sum(jnp.cos(first)) + jnp.sum(second**2)
 
@@ -85,26 +94,28 @@ def test_second_derivatives(case, machine):
         chex.assert_trees_all_close(*results, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["same_small", "same_large", "few_inputs", "few_outputs"])
+@pytest.mark.parametrize(
+    "name", ["same_small", "same_large", "few_inputs", "few_outputs", "halving_odd"]
+)
 def test_bfloat16_is_rounded_once(name, key, machine):
     """In value, in first derivatives, and in the derivatives of each of these."""
-    shape, kernel_shape, padding = CASES[name]
+    shape, kernel_shape, *where = ALL[name]
     keys = jax.random.split(key, 3)
     # Positive on average: sums of many terms would show rounding on the way.
     inputs = 1 + jax.random.normal(keys[0], shape, jnp.bfloat16)
     kernel = jax.random.normal(keys[1], kernel_shape, jnp.bfloat16)
-    shape = reference(inputs, kernel, padding).shape
+    shape = reference(inputs, kernel, *where).shape
     cotangent = 1 + jax.random.normal(keys[2], shape, jnp.bfloat16)
 
     @functools.partial(jax.jit, static_argnums=0)
     def derivatives(conv, inputs, kernel, cotangent):
         def first(which, inputs, kernel, cotangent):
-            return jax.vjp(lambda x, k: conv(x, k, padding), inputs, kernel)[1](cotangent)[which]
+            return jax.vjp(lambda x, k: conv(x, k, *where), inputs, kernel)[1](cotangent)[which]
 
         arrays = (inputs, kernel, cotangent)
         pulled = [jax.vjp(functools.partial(first, which), *arrays) for which in (0, 1)]
         second = [pull(array) for (_, pull), array in zip(pulled, (inputs, kernel), strict=True)]
-        return conv(inputs, kernel, padding), [value for value, _ in pulled], second
+        return conv(inputs, kernel, *where), [value for value, _ in pulled], second
 
     found = derivatives(canonical, inputs, kernel, cotangent)
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("bfloat16")}
@@ -127,7 +138,7 @@ def test_is_used_for_plain_convolutions_and_only_for_them(key):
     inputs = jax.random.normal(key, (2, 6, 6, 4))
     for options, plain in (
         ({}, True),
-        ({"strides": (2, 2)}, False),
+        ({"strides": (2, 2)}, True),
         ({"kernel_dilation": (2, 2)}, False),
         ({"feature_group_count": 2}, False),
     ):
