@@ -7,7 +7,7 @@ VENV ?= .venv-$(notdir $(PYTHON))
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
 
-.PHONY: demo digits objectives faults soak scaling test test-slow test-parity benchmark-attacks lint format
+.PHONY: demo digits objectives faults soak scaling test test-slow test-parity benchmark benchmark-steps benchmark-attacks guard lint format
 .PHONY: install install-dev install-parity install-adv-lib clean
 
 $(VENV)/.installed: pyproject.toml
@@ -78,6 +78,18 @@ install-adv-lib: install-parity
 
 test-parity: install-parity
 	XLA_FLAGS= $(BIN)/python -m pytest -m parity
+
+# Compiled steps (ARGS='--attacks pgd,apgd-ce' for attacks); see docs/performance.md.
+benchmark: install
+	$(BIN)/python -m gfa_jax.benchmark --out runs/benchmark $(ARGS)
+
+# Training steps beside the same ones in PyTorch, in turns: some minutes on 2 CPU cores.
+benchmark-steps: install-parity
+	$(BIN)/python benchmarks/steps.py --out runs/benchmark-steps $(ARGS)
+
+# Compares what compiled steps need with benchmarks/guard.json; ARGS='--write True' stores new figures.
+guard: install-dev
+	$(BIN)/python benchmarks/guard.py $(ARGS)
 
 # Hours on 2 CPU cores; a stopped one goes on. ARGS='--attacks apgd-ce,apgd-t --rounds 1' for a part.
 benchmark-attacks: install-parity

@@ -13,6 +13,7 @@ import numpy as np
 
 from benchmarks import measure, networks, peers, table
 from gfa_jax import ThreatModel, files
+from gfa_jax.benchmark.environment import cpu_name
 
 EPSILONS = {
     "digits": {"linf": 0.15, "l2": 0.6, "l1": 2.0},
@@ -311,11 +312,3 @@ def limit_threads(num_threads: int | None) -> int:
         raise ValueError(f"threads={num_threads} must lie in 1 to {len(cores)}.")
     os.sched_setaffinity(0, cores[:num_threads])
     return num_threads
-
-
-def cpu_name() -> str:
-    """Returns the processor's name."""
-    path = pathlib.Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

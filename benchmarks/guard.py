@@ -1,7 +1,7 @@
 """What compiled steps need, as numbers that do not depend on the machine's mood: a guard.
 
-    python benchmarks/guard.py            compares with the stored figures
-    python benchmarks/guard.py --write    stores new ones, for a change that is meant to move them
+    python benchmarks/guard.py                 compares with the stored figures
+    python benchmarks/guard.py --write True    stores new ones, for a change that means to move them
 
 Floating-point operations and the number of times that a step traces its model are exact. Memory is
 what the compiler plans for this backend, by version of JAX. ``tests/benchmarks/test_guard.py``

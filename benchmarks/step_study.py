@@ -13,8 +13,8 @@ import numpy as np
 from benchmarks import driver, networks
 from benchmarks.peers import steps as torch_steps
 from gfa_jax import _validate, files
-from gfa_jax.benchmark import programs, timing
-from gfa_jax.training import recipe, run_folder
+from gfa_jax.benchmark import environment, programs, timing
+from gfa_jax.training import recipe
 
 _SAME_LOSS = 1e-3
 """By how much first losses may differ, relatively, where nothing is drawn at random."""
@@ -107,13 +107,8 @@ def run(flags: Flags) -> str:
         progress=lambda number, name: say(f"round {number} of {flags.rounds}: {name}"),
     )
     results = {
-        "environment": run_folder.versions()
-        | {
-            "torch": torch.__version__,
-            "processor": driver.cpu_name(),
-            "threads": num_threads,
-            "load": os.getloadavg()[0],
-        },
+        "environment": environment.describe()
+        | {"torch": torch.__version__, "load": round(os.getloadavg()[0], 2)},
         "settings": dataclasses.asdict(flags),
         "flops": floating,
         "seconds": seconds,

@@ -162,9 +162,10 @@ def train_step(config: TrainConfig, task: Task) -> Program:
     key = layout.everywhere(lambda: jax.random.key(0), mesh)
     split = layout.split(mesh)
     examples = {name: jax.device_put(value, split) for name, value in batch(task).items()}
+    template = built.template(mesh)
     with jax.default_matmul_precision(config.precision):
-        operations = flops.count(step, built.template(mesh), examples, key)
-        compiled, seconds = _compile(step, built.template(mesh), examples, key)
+        operations = flops.count(step, template, examples, key)
+        compiled, seconds = _compile(step, template, examples, key)
         state = jax.jit(built.init, out_shardings=built.shardings(mesh))(jax.random.key(0))
 
     def start() -> Any:

@@ -13,11 +13,11 @@ import jax
 
 from gfa_jax import _validate, files, models
 from gfa_jax import config as config_lib
-from gfa_jax.benchmark import programs, tables, timing
+from gfa_jax.benchmark import environment, programs, tables, timing
 from gfa_jax.config.schema import PRECISIONS
 from gfa_jax.evaluation.evaluate import parse_attack
 from gfa_jax.threat import ThreatModel
-from gfa_jax.training import devices, run_folder
+from gfa_jax.training import devices
 from gfa_jax.training.progress import Progress
 
 
@@ -183,22 +183,19 @@ def _names(text: str) -> list[str]:
 
 
 def _resumed(path: pathlib.Path, settings: Mapping[str, Any], command: str) -> dict[str, Any]:
-    environment = run_folder.versions() | {
-        "threads": str(os.cpu_count()),
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
-    }
+    now = environment.describe()
     if not path.exists():
         return {
             "command": command,
             "settings": dict(settings),
-            "environment": environment,
+            "environment": now,
             "groups": [],
         }
     results = files.read_json(path)
-    for part, now in (("settings", settings), ("environment", environment)):
-        if results.get(part) != dict(now):
+    for part, asked in (("settings", settings), ("environment", now)):
+        if results.get(part) != dict(asked):
             raise ValueError(
-                f"{path} was measured with {results.get(part)}, this is {dict(now)}: use another "
+                f"{path} was measured with {results.get(part)}, this is {dict(asked)}: use another "
                 "--out."
             )
     return results
