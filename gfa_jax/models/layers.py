@@ -13,8 +13,8 @@ from gfa_jax import norms
 from gfa_jax.types import Array
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
-# What nn.Conv passes for channels-last images.
-_FLAX_NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+FLAX_NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+"""What ``nn.Conv`` passes for channels-last images."""
 
 INITIALIZERS = {
     "he": nn.initializers.he_normal(),
@@ -125,7 +125,7 @@ def conv_general_dilated(
         and feature_group_count == 1
         and not kwargs
         and lhs.ndim == 4
-        and dimension_numbers == _FLAX_NHWC
+        and dimension_numbers == FLAX_NHWC
     )
     if plain and jax.default_backend() == "cpu":
         pads = _explicit_padding(padding, lhs.shape[1:3], rhs.shape[:2], window_strides)

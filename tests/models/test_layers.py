@@ -46,7 +46,7 @@ def reference(inputs, kernel, padding, strides=(1, 1)):
 
 def canonical(inputs, kernel, padding, strides=(1, 1)):
     return layers.conv_general_dilated(
-        inputs, kernel, strides, padding, dimension_numbers=layers._FLAX_NHWC
+        inputs, kernel, strides, padding, dimension_numbers=layers.FLAX_NHWC
     )
 
 
