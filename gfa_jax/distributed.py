@@ -43,6 +43,9 @@ class Cluster:
 def initialize(cluster: Cluster, environment: Mapping[str, str] = os.environ) -> None:
     """Starts the multi-process runtime where asked for; must run before JAX is used.
 
+    From then on an error of one process ends all of them (``failures``), which a program that calls
+    ``jax.distributed.initialize`` itself does without.
+
     Raises:
       ValueError: for flags that do not fit, or where the other processes cannot be found.
     """

@@ -28,6 +28,7 @@ _LOOK_EVERY_SECONDS = 0.5
 # collectives; process 0 goes last, for it serves the message, and its death kills the others.
 _STAY_SECONDS = 2.0
 
+_watching = threading.Event()
 _leaving = threading.Event()
 
 
@@ -64,6 +65,7 @@ def watch() -> None:
 
     thread = threading.Thread(target=look, name="failures", daemon=True)
     thread.start()
+    _watching.set()
 
     def stop() -> None:
         _leaving.set()
@@ -75,7 +77,7 @@ def watch() -> None:
 
 @contextlib.contextmanager
 def felt_by_all() -> Iterator[None]:
-    """Ends all processes where this one meets an exception; alone, it passes.
+    """Ends all processes where this one meets an exception; alone, or without ``watch``, it passes.
 
     Nothing else is run here before the end, such as ``finally`` blocks further out: they might wait
     for the others.
@@ -85,7 +87,7 @@ def felt_by_all() -> Iterator[None]:
     except MetByAllError:
         raise
     except (Exception, KeyboardInterrupt) as error:
-        if several_processes():
+        if _watching.is_set():
             _end_all(error)
         raise
 

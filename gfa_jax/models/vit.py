@@ -67,7 +67,8 @@ class Block(nn.Module):
         attended = nn.MultiHeadDotProductAttention(
             self.num_heads,
             deterministic=True,
-            force_fp32_for_softmax=True,
+            # Of wider types it would narrow them.
+            force_fp32_for_softmax=attended.dtype.itemsize < 4,
             name="attention",
             **options,
         )(attended)

@@ -20,8 +20,8 @@ LAYERS = ("normalize", "block_[0-9]+")
 
 @pytest.fixture
 def network(key):
-    module = models.create("cnn4", num_classes=5, input_mean=(0.4,), input_std=(0.3,))
-    return networks.Network(module, module.init(key, jnp.zeros((1, 8, 8, 2)), False)["params"])
+    module = models.create("cnn4", num_classes=5, input_mean=(0.4,) * 2, input_std=(0.3,) * 2)
+    return networks.Network(module, module.init(key, jnp.zeros((1, 8, 8, 2)))["params"])
 
 
 @pytest.mark.parametrize("step", ["standard", "gfa"])
