@@ -131,7 +131,8 @@ def conv_general_dilated(
         pads = _explicit_padding(padding, lhs.shape[1:3], rhs.shape[:2], window_strides)
         if all(stride == 1 for stride in window_strides):
             return _convolve(pads, precision, lhs, rhs)
-        return _convolve_strided(tuple(window_strides), pads, precision, lhs, rhs)
+        if _alone():
+            return _convolve_strided(tuple(window_strides), pads, precision, lhs, rhs)
     return lax.conv_general_dilated(
         lhs,
         rhs,
@@ -155,6 +156,16 @@ _MIN_POSITIONS, _MIN_SIZE = 128, 4096
 _CACHE_BYTES = 4 << 20
 # Kernel offsets times channels up to which sums of products beat XLA:CPU's convolution: 3x3 of RGB.
 _MAX_TERMS = 27
+
+
+def _alone() -> bool:
+    """Whether there is one device, the case of a real CPU.
+
+    Loops over parts of the batch do not go with a batch that is split over devices; and programs
+    for several virtual CPU devices are compiled to count what other backends would need, whose
+    convolutions have none of these forms.
+    """
+    return jax.device_count() == 1
 
 
 def _explicit_padding(
@@ -202,7 +213,7 @@ def _convolve_few_inputs(pads: Pads, precision: Any, inputs: Array, kernel: Arra
     dtype = jnp.result_type(inputs, kernel)
     wide = jnp.promote_types(dtype, jnp.float32)
     channels, after = kernel.shape[2:]
-    if inputs[..., 0].size * after * wide.itemsize > _CACHE_BYTES:
+    if _alone() and inputs[..., 0].size * after * wide.itemsize > _CACHE_BYTES:
         if channels == 3:
             zero = jnp.zeros((), dtype)
             inputs = lax.pad(inputs, zero, [(0, 0, 0)] * 3 + [(0, 1, 0)])
@@ -243,7 +254,7 @@ def _correlate(pads: Pads, precision: Any, inputs: Array, cotangent: Array) -> A
     ``padded_inputs[p + (i, j), c] cotangent[p, d]``.
     """
     positions, channels = cotangent.shape[1] * cotangent.shape[2], inputs.shape[3]
-    if positions < _MIN_POSITIONS and positions * channels < _MIN_SIZE:
+    if positions < _MIN_POSITIONS and not (_alone() and positions * channels >= _MIN_SIZE):
         transposed = lax.conv_general_dilated(
             inputs.transpose(3, 1, 2, 0),
             cotangent.transpose(1, 2, 0, 3),
@@ -253,8 +264,7 @@ def _correlate(pads: Pads, precision: Any, inputs: Array, cotangent: Array) -> A
             precision=precision,
         )
         return transposed.transpose(1, 2, 0, 3)
-    if jax.device_count() > 1:
-        # Loops over parts of the batch do not go with a batch that is split over devices.
+    if not _alone():
         return _correlate_by_offset(pads, precision, inputs, cotangent)
     return _correlate_in_groups(pads, precision, inputs, cotangent)
 

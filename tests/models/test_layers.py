@@ -134,7 +134,8 @@ def test_average_pool_is_that_of_flax(shape, key):
     chex.assert_trees_all_close(pull_back(cotangent), expected_pull_back(cotangent), rtol=1e-6)
 
 
-def test_is_used_for_plain_convolutions_and_only_for_them(key):
+def test_is_used_for_plain_convolutions_and_only_for_them(key, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     inputs = jax.random.normal(key, (2, 6, 6, 4))
     for options, plain in (
         ({}, True),
