@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from benchmarks import measure, networks, peers, table
-from gfa_jax import ThreatModel, files
+from gfa_jax import ThreatModel, cli, files
 from gfa_jax.benchmark.environment import cpu_name
 
 EPSILONS = {
@@ -159,7 +159,7 @@ def run(flags: Flags) -> None:
     correct = np.asarray(jax.jit(network.logits_fn)(test.images)).argmax(1) == test.labels
 
     libraries, missing = [measure.Ours(network)], {}
-    for name in split_names(flags.peers):
+    for name in cli.split_names(flags.peers):
         try:
             libraries.append(measure.Torch(peers.load(name), model))
         except ImportError as error:
@@ -237,20 +237,18 @@ def say(text: str, end: str = "\n") -> None:
     print(text, end=end, file=sys.stderr, flush=True)
 
 
-def split_names(text: str) -> list[str]:
-    """Returns the names in a comma-separated list."""
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
 def chosen_rows(flags: Flags) -> list[tuple[str, str]]:
     """Returns the attacks and norms to measure.
 
     Raises:
       ValueError: for an unknown attack, norm or peer, or where no attack is left.
     """
-    names, norms = split_names(flags.attacks) or list(measure.NORMS), split_names(flags.norms)
+    names, norms = (
+        cli.split_names(flags.attacks) or list(measure.NORMS),
+        cli.split_names(flags.norms),
+    )
     known = {"attacks": (names, measure.NORMS), "norms": (norms, ("linf", "l2", "l1"))}
-    known["peers"] = (split_names(flags.peers), peers.PEERS)
+    known["peers"] = (cli.split_names(flags.peers), peers.PEERS)
     for flag, (given, valid) in known.items():
         for name in given:
             if name not in valid:

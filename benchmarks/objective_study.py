@@ -4,7 +4,6 @@ import dataclasses
 import os
 import pathlib
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,12 +19,13 @@ from configs import (
     digits_pgd_at,
     digits_standard,
 )
-from gfa_jax import ThreatModel, _validate, attacks, data, files
+from gfa_jax import ThreatModel, _validate, attacks, cli, data, files
 from gfa_jax import config as config_lib
 from gfa_jax.attacks import compaction
+from gfa_jax.benchmark import programs, timing
 from gfa_jax.config import TrainConfig
 from gfa_jax.evaluation import loading
-from gfa_jax.training import flops, layout, loop, recipe, run_folder
+from gfa_jax.training import loop, run_folder
 
 RECIPES: Mapping[str, Callable[[], TrainConfig]] = {
     "standard": digits_standard.get_config,
@@ -43,9 +43,6 @@ ATTACKS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "Square": ("square", {"num_queries": 1000, "chunk_size": 64}),
 }
 """By column of the table: the attack and its options."""
-
-_STEPS = 20
-"""Of one measurement of a step's time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +72,12 @@ def run(flags: Flags) -> None:
     _validate.non_negative(rounds=flags.rounds)
     out = pathlib.Path(flags.out)
     configs = {}
-    for name in flags.recipes.split(","):
-        config = config_lib.choose(RECIPES, name.strip())
+    for name in cli.split_names(flags.recipes):
+        config = config_lib.choose(RECIPES, name)
         if flags.train_steps is not None:
             config = dataclasses.replace(config, train_steps=flags.train_steps)
         config_lib.validate(config)
-        configs[name.strip()] = config
+        configs[name] = config
     results = _read(out / "results.json")
     if flags.rounds:
         missing = {
@@ -163,51 +160,34 @@ class _Attacker:
 def _costs(configs: Mapping[str, TrainConfig], rounds: int) -> dict[str, dict[str, Any]]:
     """Returns time and operations of a step, as multiples of the standard one's."""
     configs = {"standard": RECIPES["standard"]()} | dict(configs)
-    measures: dict[str, Callable[[], float]] = {}
-    operations = {}
+    made = {}
     for name, config in configs.items():
         print(f"compiling the step of {name}", flush=True)
-        measures[name], operations[name] = _step(config)
-    seconds: dict[str, list[float]] = {name: [] for name in configs}
-    for number in range(rounds):
-        print(f"round {number + 1} of {rounds}", flush=True)
-        # A busy moment falls on neighbours: every objective is next to a standard step.
-        for name, measure in measures.items():
-            seconds[name].append(measure() / measures["standard"]())
-    return {
-        name: {
-            "config": config_lib.to_dict(configs[name]),
-            "flops": operations[name] / operations["standard"],
-            "time": statistics.median(ratios),
-            "fastest": min(ratios),
-            "slowest": max(ratios),
+        described = data.describe(config.data.name, data_dir=config.data.data_dir)
+        task = programs.Task(
+            config.model.name,
+            batch_size=config.batch_size,
+            image_shape=described.image_shape,
+            num_classes=described.num_classes,
+        )
+        made[name] = programs.train_step(config, task)
+    seconds = timing.interleaved(
+        {name: program.start for name, program in made.items()},
+        rounds=rounds,
+        samples=3,
+        sample_seconds=0.05,
+    )
+    costs = {}
+    for name, config in configs.items():
+        summary = timing.summary(seconds[name], seconds["standard"])
+        costs[name] = {
+            "config": config_lib.to_dict(config),
+            "flops": made[name].flops / made["standard"].flops,
+            "time": summary.ratio,
+            "fastest": summary.lowest,
+            "slowest": summary.highest,
         }
-        for name, ratios in seconds.items()
-    }
-
-
-def _step(config: TrainConfig) -> tuple[Callable[[], float], int]:
-    """Returns a measurement of the seconds of a step, and its operations."""
-    examples = data.load(config.data.name, "train", num_validation=config.data.num_validation)
-    built = recipe.build(config, num_classes=examples.num_classes, image_shape=examples.image_shape)
-    train_step = built.train_step(layout.data_mesh())
-    batch = data.train_batch(examples, config.batch_size, seed=0, step=0)
-    batch = {name: jnp.asarray(value) for name, value in batch.items()}
-    key = jax.random.key(0)
-    current = jax.jit(built.init)(key)
-    operations = flops.count(train_step, current, batch, key)
-    compiled = train_step.lower(current, batch, key).compile()
-
-    def measure() -> float:
-        nonlocal current
-        started = time.perf_counter()
-        for _ in range(_STEPS):
-            current, _ = compiled(current, batch, key)
-        jax.block_until_ready(current)
-        return (time.perf_counter() - started) / _STEPS
-
-    measure()
-    return measure, operations
+    return costs
 
 
 def table(results: Mapping[str, Any], names: list[str]) -> str:

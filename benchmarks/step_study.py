@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks import driver, networks
 from benchmarks.peers import steps as torch_steps
-from gfa_jax import _validate, files
+from gfa_jax import _validate, cli, files
 from gfa_jax.benchmark import environment, programs, timing
 from gfa_jax.training import recipe
 
@@ -73,27 +73,29 @@ def run(flags: Flags) -> str:
     )
     contenders: dict[str, Callable[[], Any]] = {}
     floating: dict[str, int | None] = {}
-    names = driver.split_names(flags.steps)
-    for name in names:
-        config = programs.step_config(
-            f"{name}:gfa.target=log_odds:data.crop_padding=0:data.flip=false", task
-        )
-        epsilon = config.threat.epsilon
-        torch_steps.loss_fn(name, epsilon)
+    # Nothing random, so that losses can be compared.
+    fixed = "gfa.target=log_odds:data.crop_padding=0:data.flip=false"
+    configs = {
+        name: programs.step_config(f"{name}:{fixed}", task) for name in cli.split_names(flags.steps)
+    }
+    for name, config in configs.items():
+        torch_steps.loss_fn(name, config.threat.epsilon)
+    batch = programs.batch(task)
+    images, labels = np.asarray(batch["inputs"], np.float32) / 255, np.asarray(batch["labels"])
+    for name, config in configs.items():
+        built = recipe.build(config, num_classes=task.num_classes, image_shape=task.image_shape)
+        network = networks.Network(built.module, built.init(jax.random.key(0)).params)
+        networks.to_torch(network)  # refuses other networks than CNNs before anything is compiled
         say(f"compiling {name}")
         ours = programs.train_step(config, task)
         floating[name] = ours.flops
         contenders[f"{name}, gfa_jax"] = ours.start
-        built = recipe.build(config, num_classes=task.num_classes, image_shape=task.image_shape)
-        network = networks.Network(built.module, built.init(jax.random.key(0)).params)
-        batch = programs.batch(task)
-        images = np.asarray(batch["inputs"], np.float32) / 255
-        labels = np.asarray(batch["labels"])
         first = float(ours.start()["loss"])
         for layout in ("contiguous", "channels_last"):
             model = networks.to_torch(network).to(device)
             if layout == "channels_last":
                 model = model.to(memory_format=torch.channels_last)
+            epsilon = config.threat.epsilon
             start = torch_steps.start_step(model, name, epsilon, images, labels)
             theirs = float(start())
             if name in ("standard", "gfa") and abs(theirs - first) > _SAME_LOSS * abs(first):
@@ -157,7 +159,7 @@ def table(results: dict[str, Any]) -> str:
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     seconds = results["seconds"]
-    for name in driver.split_names(settings["steps"]):
+    for name in cli.split_names(settings["steps"]):
         libraries = ("gfa_jax", "PyTorch contiguous", "PyTorch channels_last")
         own = {library: seconds[f"{name}, {library}"] for library in libraries}
         medians = {

@@ -30,6 +30,11 @@ def parse_number(text: str) -> float:
         raise ValueError(f"{text} divides by zero") from error
 
 
+def split_names(text: str) -> list[str]:
+    """Returns the parts of a comma-separated list, without blanks and empty ones."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def parse_value(text: str, default: object, what: str) -> Any:
     """Parses the text of an option as the kind of its default.
 
@@ -163,7 +168,7 @@ def fail(message: str) -> NoReturn:
 
 
 def fail_at_once(message: str) -> NoReturn:
-    """Does the same without waiting for any thread, nor running what was left for the exit."""
+    """Does what ``fail`` does, waiting for no thread and running nothing left for the exit."""
     print(f"error: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()

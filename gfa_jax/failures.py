@@ -36,11 +36,6 @@ class MetByAllError(RuntimeError):
     """An error that every process meets at the same step, so that none needs to be told."""
 
 
-def several_processes() -> bool:
-    """Whether the multi-process runtime connects this process to others; starts no backend."""
-    return jax.distributed.is_initialized() and (_runtime.global_state.num_processes or 1) > 1
-
-
 def is_mendable(error: BaseException) -> bool:
     """Whether the message of an error is all that a user needs (not with GFA_JAX_DEBUG set)."""
     return isinstance(error, MENDABLE) and not os.environ.get("GFA_JAX_DEBUG")
@@ -51,7 +46,8 @@ def watch() -> None:
 
     Does nothing where there is no other process.
     """
-    if not several_processes():
+    # ``jax.process_count()`` would start the backend, and wait there for the other processes.
+    if not jax.distributed.is_initialized() or (_runtime.global_state.num_processes or 1) == 1:
         return
     client, number = _runtime.global_state.client, _runtime.global_state.process_id
 

@@ -123,6 +123,6 @@ def start_step(
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        return value
+        return value.detach()
 
     return start

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gfa_jax import attacks, cli, data, models
+from gfa_jax import _validate, attacks, cli, data, models
 from gfa_jax import config as config_lib
 from gfa_jax.config import (
     AttackConfig,
@@ -103,6 +103,7 @@ def step_config(step: str, task: Task) -> TrainConfig:
     name, *changes = step.strip().split(":")
     if name not in STEPS:
         raise ValueError(f"steps={step!r} is unknown; valid: {', '.join(STEPS)}.")
+    _validate.one_of(models.MODELS, model=task.model)
     spec = models.MODELS[task.model]
     config = TrainConfig(
         batch_size=task.batch_size,
@@ -125,10 +126,11 @@ def step_config(step: str, task: Task) -> TrainConfig:
         section: Any = values
         for part in sections:
             section = section.get(part) if isinstance(section, dict) else None
-        if not separator or not isinstance(section, dict) or field not in section:
+        known = isinstance(section, dict) and field in section
+        if not separator or not known or isinstance(section[field], dict | list):
             raise ValueError(
-                f"steps={step!r}: {change!r} is not field=value with a field of the config, such "
-                "as attack.num_steps=5."
+                f"steps={step!r}: {change!r} is not field=value with a field of the config that "
+                "has one value, such as attack.num_steps=5."
             )
         section[field] = cli.parse_value(text, section[field], f"steps={step!r}: {path}")
     config = config_lib.from_dict(values)
@@ -176,6 +178,21 @@ def train_step(config: TrainConfig, task: Task) -> Program:
     return Program(start, task.batch_size, operations, _memory(compiled), *seconds)
 
 
+def create_attack(name: str, options: Mapping[str, Any], threat: ThreatModel) -> attacks.Attack:
+    """Returns an attack that is one program.
+
+    Raises:
+      ValueError: for an unknown attack or option, or an ensemble.
+    """
+    made = attacks.create(name, threat, **options)
+    if isinstance(made, attacks.Ensemble):
+        raise ValueError(
+            f"attacks={name!r} is an ensemble, which runs from the host: name its parts, or see "
+            "benchmarks/attacks.py."
+        )
+    return made
+
+
 def attack(name: str, options: Mapping[str, Any], threat: ThreatModel, task: Task) -> Program:
     """Compiles an attack on one batch and an untrained model, whose own predictions are the labels.
 
@@ -191,12 +208,7 @@ def attack(name: str, options: Mapping[str, Any], threat: ThreatModel, task: Tas
     Raises:
       ValueError: for an unknown attack or option, or an ensemble.
     """
-    made = attacks.create(name, threat, **options)
-    if isinstance(made, attacks.Ensemble):
-        raise ValueError(
-            f"attacks={name!r} is an ensemble, which runs from the host: name its parts, or see "
-            "benchmarks/attacks.py."
-        )
+    made = create_attack(name, options, threat)
     module = models.create(
         task.model,
         num_classes=task.num_classes,

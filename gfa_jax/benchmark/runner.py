@@ -11,13 +11,13 @@ from typing import Any
 
 import jax
 
-from gfa_jax import _validate, files, models
+from gfa_jax import _validate, cli, files, models
 from gfa_jax import config as config_lib
 from gfa_jax.benchmark import environment, programs, tables, timing
 from gfa_jax.config.schema import PRECISIONS
 from gfa_jax.evaluation.evaluate import parse_attack
 from gfa_jax.threat import ThreatModel
-from gfa_jax.training import devices
+from gfa_jax.training import devices, recipe
 from gfa_jax.training.progress import Progress
 
 
@@ -74,6 +74,12 @@ _SETTINGS = [
 """Flags that one folder of results has in common."""
 
 
+Steps = Mapping[str, Callable[[programs.Task], config_lib.TrainConfig]]
+"""Recipes of steps, by what the table calls them."""
+Attacks = Mapping[str, tuple[str, dict[str, Any]]]
+"""Names and options of attacks, by what the table calls them."""
+
+
 def run(flags: Flags, command: str) -> dict[str, Any]:
     """Measures what the folder does not have yet, and writes everything after each group.
 
@@ -123,10 +129,6 @@ def run(flags: Flags, command: str) -> dict[str, Any]:
     return results
 
 
-Steps = Mapping[str, Callable[[programs.Task], config_lib.TrainConfig]]
-Attacks = Mapping[str, tuple[str, dict[str, Any]]]
-
-
 def _plan(flags: Flags) -> tuple[list[programs.Task], Steps, Attacks]:
     """Checks the flags and returns what they ask for."""
     _validate.one_of(PRECISIONS, precision=flags.precision)
@@ -135,7 +137,7 @@ def _plan(flags: Flags) -> tuple[list[programs.Task], Steps, Attacks]:
     _validate.positive(sample_seconds=flags.sample_seconds)
     if flags.peak_flops is not None:
         _validate.positive(peak_flops=flags.peak_flops)
-    sizes = _names(flags.batch_sizes)
+    sizes = cli.split_names(flags.batch_sizes)
     for size in sizes:
         if not size.isdecimal() or int(size) == 0 or int(size) % jax.device_count():
             raise ValueError(
@@ -143,8 +145,9 @@ def _plan(flags: Flags) -> tuple[list[programs.Task], Steps, Attacks]:
                 f"devices, {jax.device_count()}, such as {128 * jax.device_count()}."
             )
     tasks = []
-    for model, dtype, size in itertools.product(_names(flags.models), _names(flags.dtypes), sizes):
-        _validate.one_of(models.MODELS, models=model)
+    for model, dtype, size in itertools.product(
+        cli.split_names(flags.models), cli.split_names(flags.dtypes), sizes
+    ):
         _validate.one_of(models.registry.DTYPES, dtypes=dtype)
         task = programs.Task(
             model,
@@ -158,14 +161,20 @@ def _plan(flags: Flags) -> tuple[list[programs.Task], Steps, Attacks]:
         )
         tasks.append(task)
     steps: dict[str, Callable[[programs.Task], config_lib.TrainConfig]] = {
-        name: functools.partial(programs.step_config, name) for name in _names(flags.steps)
+        name: functools.partial(programs.step_config, name) for name in cli.split_names(flags.steps)
     }
-    for name in _names(flags.configs):
+    for name in cli.split_names(flags.configs):
         steps[name] = functools.partial(programs.adapted, config_lib.load_file(name))
-    for task, step in itertools.product(tasks, steps.values()):
-        step(task)
-    attacks = {spec: parse_attack(spec) for spec in _names(flags.attacks)}
-    _threat(flags)
+    for task in tasks:
+        configs = [step(task) for step in steps.values()]
+        # For attacks alone: whether the model takes these images.
+        configs = configs or [programs.step_config("standard", task)]
+        for config in configs:
+            recipe.build(config, num_classes=task.num_classes, image_shape=task.image_shape)
+    threat = _threat(flags)
+    attacks = {spec: parse_attack(spec) for spec in cli.split_names(flags.attacks)}
+    for name, options in attacks.values():
+        programs.create_attack(name, options, threat)
     if not tasks or not (steps or attacks):
         raise ValueError(
             f"models={flags.models!r}, steps={flags.steps!r} and attacks={flags.attacks!r} leave "
@@ -176,10 +185,6 @@ def _plan(flags: Flags) -> tuple[list[programs.Task], Steps, Attacks]:
 
 def _threat(flags: Flags) -> ThreatModel:
     return ThreatModel(norm=flags.norm, epsilon=flags.epsilon)
-
-
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _resumed(path: pathlib.Path, settings: Mapping[str, Any], command: str) -> dict[str, Any]:

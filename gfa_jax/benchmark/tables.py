@@ -10,8 +10,6 @@ from gfa_jax.benchmark import timing
 
 Results = Mapping[str, Any]
 
-REFERENCE = "standard"
-"""The step that others are compared with."""
 _BUSY = 1.25
 """Load for each thread beyond which others must have been at work too."""
 
@@ -28,22 +26,22 @@ def page(results: Results) -> str:
         "",
         f"Median and 90th percentile of a run's time over {settings['rounds']} rounds of "
         f"{settings['samples']} samples, in which programs take turns, after compilation and two "
-        "runs. *Times standard* is the median (lowest to highest) over rounds. FLOPs are those of "
-        "matrix products and convolutions, loops as often as they run; *of the floor* divides the "
-        "ratio of times by that of FLOPs: 1 where an operation costs what it costs in the "
-        "standard step. Memory is that of one device while the program runs, by its compiler.",
+        "runs. *Times* the first program of a table: the median (lowest to highest) over rounds. "
+        "FLOPs are those of matrix products and convolutions, loops as often as they run; *of the "
+        "floor* divides the ratio of times by that of FLOPs: 1 where an operation costs what it "
+        "costs in the first program. Memory is that of one device, as its compiler plans it.",
         "",
     ]
-    threads = environment.get("threads", 1)
+    threads = environment["threads"]
     load = max((group["load"] for group in results["groups"]), default=0.0)
-    if load > _BUSY * int(threads):
+    if load > _BUSY * threads:
         lines += [
             f"**The machine was busy with something else (load {load:.1f}): these times say "
             "little.**",
             "",
         ]
     for group in results["groups"]:
-        lines += _group(group, environment)
+        lines += _group(group)
     return "\n".join(lines)
 
 
@@ -77,7 +75,7 @@ def rows(group: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _group(group: Mapping[str, Any], environment: Mapping[str, Any]) -> list[str]:
+def _group(group: Mapping[str, Any]) -> list[str]:
     num_devices, peak = group["num_devices"], group["peak_flops"]
     first = group["programs"][0]
     image = "x".join(map(str, group["image_shape"]))
@@ -86,7 +84,7 @@ def _group(group: Mapping[str, Any], environment: Mapping[str, Any]) -> list[str
         "",
         f"Images of {image}; "
         + (
-            f"data sheet: {peak / 1e12:,.1f} TFLOP/s a device"
+            f"peak: {peak / 1e12:,.4g} TFLOP/s a device"
             if peak
             else f"a product of large matrices: {group['product_flops'] / 1e9:,.0f} GFLOP/s"
         )

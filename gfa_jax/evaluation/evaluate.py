@@ -107,7 +107,7 @@ def evaluate(flags: EvalFlags) -> dict[str, Any]:
         _validate.one_of(norms.DUALS, norm=flags.norm)
     if flags.num_examples is not None:
         _validate.positive_integer(num_examples=flags.num_examples)
-    folders = [part.strip() for part in flags.references.split(",") if part.strip()]
+    folders = cli.split_names(flags.references)
     settings = _settings(
         flags.attacks, flags.batch_size, flags.mode, flags.diagnostics, flags.seed, folders
     )
@@ -196,7 +196,7 @@ def _settings(
     _validate.positive_integer(batch_size=batch_size)
     _validate.one_of(MODES, mode=mode)
     _validate.one_of(masking.LEVELS, diagnostics=diagnostics)
-    names = [spec.strip() for spec in specs.split(",") if spec.strip()]
+    names = cli.split_names(specs)
     if not names:
         raise ValueError(
             f"attacks={specs!r} names no attack; known are {sorted(attacks.REGISTRY)}."

@@ -116,9 +116,9 @@ def conv_general_dilated(
     ordinary convolution with the flipped kernel, the weight gradient as matrix products over groups
     of examples that fit the cache, convolutions of images or their gradients, up to three channels,
     in forms of their own, and derivatives of strided convolutions as those of stride-1 convolutions
-    of every second row and column. Values and derivatives of every order are those of ``lax`` up to
-    rounding; forward-mode differentiation is not available there. Other backends, and convolutions
-    with dilation or groups, go straight to ``lax``.
+    of every ``stride``-th row and column. Values and derivatives of every order are those of
+    ``lax`` up to rounding; forward-mode differentiation is not available there. Other backends, and
+    convolutions with dilation or groups, go straight to ``lax``.
     """
     plain = (
         all(dilation == 1 for dilation in (*(lhs_dilation or ()), *(rhs_dilation or ())))

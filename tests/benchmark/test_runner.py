@@ -54,7 +54,7 @@ def test_steps_and_attacks_are_measured_once(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"models": "cnn5"}, "models='cnn5' is not one of"),
+        ({"models": "cnn5"}, "model='cnn5' is not one of"),
         ({"dtypes": "float16"}, "dtypes='float16' is not one of"),
         ({"precision": "low"}, "precision='low' is not one of"),
         ({"batch_sizes": "0"}, "batch_sizes='0' must be positive multiples"),
@@ -66,7 +66,10 @@ def test_steps_and_attacks_are_measured_once(tmp_path):
         ({"steps": "gafa"}, "steps='gafa' is unknown"),
         ({"steps": "", "attacks": ""}, "leave nothing to measure"),
         ({"attacks": "pdg"}, "pdg"),
-        ({"norm": "l3"}, "l3"),
+        ({"attacks": "fgsm,autoattack"}, "attacks='autoattack' is an ensemble"),
+        ({"models": "cnn4,cnn7"}, "needs images of at least 20x20"),
+        ({"num_classes": 1}, "num_classes=1 must be at least 2"),
+        ({"norm": "l3"}, "norm='l3'"),
         ({"epsilon": -1.0}, "epsilon=-1"),
         ({"configs": "missing.py"}, "config file 'missing.py' does not exist"),
     ],
