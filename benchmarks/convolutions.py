@@ -18,7 +18,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from jax import lax  # noqa: E402
 
-from gfa_jax import cli  # noqa: E402
+from gfa_jax import _validate, cli  # noqa: E402
 from gfa_jax.benchmark import environment, timing  # noqa: E402
 from gfa_jax.models import layers  # noqa: E402
 
@@ -120,6 +120,7 @@ def torch_kinds(shape: Shape, arrays: Any) -> dict[str, Callable[[], Any]]:
 def main() -> None:
     """Parses flags, measures and prints the table."""
     flags = cli.parse(Flags, description="Times convolutions and their derivatives on CPU.")
+    cli.run_or_fail(lambda: _validate.positive_integer(**dataclasses.asdict(flags)))
     jax.config.update("jax_platforms", "cpu")
     print(", ".join(f"{key} {value}" for key, value in environment.describe().items()) + ".\n")
     print(

@@ -82,7 +82,7 @@ def initialize(cluster: Cluster, environment: Mapping[str, str] = os.environ) ->
 
 def _check_explicit(cluster: Cluster) -> None:
     host, colon, port = str(cluster.coordinator_address).rpartition(":")
-    if not (host and colon and port.isdigit()):
+    if not (host and colon and port.isdecimal() and 0 < int(port) < 2**16):
         raise ValueError(
             f"coordinator_address={cluster.coordinator_address!r} must be HOST:PORT, such as "
             "10.0.0.1:1234."

@@ -20,6 +20,10 @@ from gfa_jax.distributed import Cluster
             "coordinator_address='here' must be HOST:PORT",
         ),
         (
+            {"coordinator_address": "here:99999", "num_processes": 2, "process_id": 0},
+            "coordinator_address='here:99999' must be HOST:PORT",
+        ),
+        (
             {"coordinator_address": "127.0.0.1:1", "num_processes": 0, "process_id": 0},
             "num_processes=0 must be",
         ),

@@ -131,6 +131,7 @@ def step_config(step: str, task: Task) -> TrainConfig:
             raise ValueError(
                 f"steps={step!r}: {change!r} is not field=value with a field of the config that "
                 "has one value, such as attack.num_steps=5."
+                + (_validate.suggestion(field, section) if isinstance(section, dict) else "")
             )
         section[field] = cli.parse_value(text, section[field], f"steps={step!r}: {path}")
     config = config_lib.from_dict(values)

@@ -30,7 +30,7 @@ def test_every_step_is_a_recipe_and_fields_can_differ():
     [
         ("gafa", "steps='gafa' is unknown; valid: standard, gfa"),
         ("gfa:weight=2", "'weight=2' is not field=value with a field of the config"),
-        ("gfa:gfa.weigth=2", "'gfa.weigth=2' is not field=value"),
+        ("gfa:gfa.weigth=2", "'gfa.weigth=2' is not field=value.*Did you mean 'weight'"),
         ("gfa:gfa=2", "'gfa=2' is not field=value"),
         ("gfa:model.input_mean=2", "'model.input_mean=2' is not field=value"),
         ("gfa:gfa.weight", "'gfa.weight' is not field=value"),
