@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gfa_jax import norms
+from gfa_jax.models import winograd
 from gfa_jax.types import Array
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
@@ -115,7 +116,8 @@ def conv_general_dilated(
     strided convolutions. On CPU this writes the input gradient of a stride-1 convolution as an
     ordinary convolution with the flipped kernel, the weight gradient as matrix products over groups
     of examples that fit the cache, convolutions of images or their gradients, up to three channels,
-    in forms of their own, and derivatives of strided convolutions as those of stride-1 convolutions
+    in forms of their own, those of 32 channels or more by Winograd's minimal filtering, which needs
+    16 products for 36, and derivatives of strided convolutions as those of stride-1 convolutions
     of every ``stride``-th row and column. Values and derivatives of every order are those of
     ``lax`` up to rounding; forward-mode differentiation is not available there. Other backends, and
     convolutions with dilation or groups, go straight to ``lax``.
@@ -154,6 +156,10 @@ Pads = tuple[tuple[int, int], tuple[int, int]]
 _MIN_POSITIONS, _MIN_SIZE = 128, 4096
 # About what stays in a core's own caches.
 _CACHE_BYTES = 4 << 20
+# From so many channels on, tiles cost less than the products that they save.
+_MIN_TILED_CHANNELS = 32
+# What tiles of inputs and products may take: about a cache that cores share.
+_TILED_BYTES = 16 << 20
 # Kernel offsets times channels up to which sums of products beat XLA:CPU's convolution: 3x3 of RGB.
 _MAX_TERMS = 27
 
@@ -184,6 +190,8 @@ def _convolve(pads: Pads, precision: Any, inputs: Array, kernel: Array) -> Array
         return _convolve_few_inputs(pads, precision, inputs, kernel)
     if height * width * after <= _MAX_TERMS:
         return _convolve_few_outputs(pads, precision, inputs, kernel)
+    if (size := _winograd_size(pads, inputs, kernel)) is not None:
+        return _convolve_by_tiles(size, pads, precision, inputs, kernel)
     return lax.conv_general_dilated(
         inputs, kernel, (1, 1), pads, dimension_numbers=_NHWC, precision=precision
     )
@@ -246,6 +254,55 @@ def _convolve_few_outputs(pads: Pads, precision: Any, inputs: Array, kernel: Arr
     return functools.reduce(jnp.add, terms).astype(dtype)
 
 
+def _winograd_size(pads: Pads, inputs: Array, kernel: Array) -> int | None:
+    """Returns how many examples to convolve by tiles at a time; ``None`` for not by tiles."""
+    (batch, *spatial, before), (height, width, _, after) = inputs.shape, kernel.shape
+    dtype = jnp.result_type(inputs, kernel)
+    rows, columns = (size + sum(pad) - 2 for size, pad in zip(spatial, pads, strict=True))
+    narrow = min(before, after)
+    if (
+        not _alone()
+        or (height, width) != (3, 3)
+        or dtype.itemsize < 4
+        or rows % 2
+        or columns % 2
+        or narrow < _MIN_TILED_CHANNELS
+        or rows * columns * narrow < _MIN_SIZE
+    ):
+        return None
+    # Tiles of inputs and of products are four times as large as these.
+    tiled_bytes = 4 * rows * columns * (before + after) * dtype.itemsize
+    if batch * tiled_bytes <= 2 * _TILED_BYTES:
+        return batch
+    size = _group_size(batch, tiled_bytes, _TILED_BYTES)
+    # A batch that does not divide well would be a long loop over few examples.
+    return size if 2 * size >= _TILED_BYTES // tiled_bytes else None
+
+
+def _group_size(batch: int, example_bytes: int, most_bytes: int) -> int:
+    """Returns how many examples fit, of the divisors of the batch; at least one."""
+    return max(
+        (n for n in range(1, batch + 1) if batch % n == 0 and n * example_bytes <= most_bytes),
+        default=1,
+    )
+
+
+def _convolve_by_tiles(
+    size: int, pads: Pads, precision: Any, inputs: Array, kernel: Array
+) -> Array:
+    """Convolves with fewer products, so many examples at a time that their tiles fit the cache."""
+    dtype = jnp.result_type(inputs, kernel)
+    transformed = winograd.transform_kernel(kernel.astype(dtype))
+
+    def convolve(images: Array) -> Array:
+        return winograd.convolve(_pad(pads, images.astype(dtype)), transformed, precision)
+
+    if size == len(inputs):
+        return convolve(inputs)
+    outputs = lax.map(convolve, inputs.reshape(-1, size, *inputs.shape[1:]))
+    return outputs.reshape(-1, *outputs.shape[2:])
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _correlate(pads: Pads, precision: Any, inputs: Array, cotangent: Array) -> Array:
     """The weight gradient ``k`` of a convolution.
@@ -299,10 +356,7 @@ def _correlate_in_groups(pads: Pads, precision: Any, inputs: Array, cotangent: A
     columns = inputs.shape[2] + left + right - width + 1
     rows = padded_height - height + 1
     example_bytes = padded_height * width * columns * before * dtype.itemsize
-    size = max(
-        (n for n in range(1, batch + 1) if batch % n == 0 and n * example_bytes <= _CACHE_BYTES),
-        default=1,
-    )
+    size = _group_size(batch, example_bytes, _CACHE_BYTES)
 
     def add(total: Array, group: tuple[Array, Array]) -> tuple[Array, None]:
         images, gradients = group

@@ -27,6 +27,10 @@ CASES = {
     "few_outputs": ((2, 6, 7, 5), (3, 3, 5, 3), "SAME"),
     "few_outputs_valid": ((2, 14, 15, 14), (3, 2, 14, 2), "VALID"),
     "few_outputs_cropped": ((2, 6, 6, 14), (2, 2, 14, 2), ((-1, 0), (2, -2))),
+    # Tiles of 4x4, of one device.
+    "tiles": ((4, 12, 12, 32), (3, 3, 32, 33), "SAME"),
+    "tiles_valid": ((2, 12, 14, 33), (3, 3, 33, 32), "VALID"),
+    "tiles_wide_pads": ((2, 9, 11, 32), (3, 3, 32, 32), ((3, 2), (0, 3))),
 }
 STRIDED = {
     "halving": ((2, 8, 6, 5), (3, 3, 5, 4), "SAME", (2, 2)),
@@ -57,6 +61,7 @@ def machine(request, monkeypatch):
         monkeypatch.setattr(jax, "device_count", lambda: 1)
     if request.param == "small_cache":
         monkeypatch.setattr(layers, "_CACHE_BYTES", 1000)
+        monkeypatch.setattr(layers, "_TILED_BYTES", 200_000)
 
 
 @pytest.fixture(params=ALL)
@@ -151,6 +156,36 @@ def test_is_used_for_plain_convolutions_and_only_for_them(key, monkeypatch):
         )
         jaxpr = str(jax.make_jaxpr(lambda x, c=conv, v=variables: c.apply(v, x))(inputs))
         assert ("custom_vjp_call" in jaxpr) == plain
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel_shape", "dtype", "size"),
+    [
+        ((16, 32, 32, 32), (3, 3, 32, 32), "float32", 16),
+        # 1 MiB an example, 16 at most.
+        ((128, 32, 32, 32), (3, 3, 32, 32), "float32", 16),
+        ((96, 32, 32, 32), (3, 3, 32, 32), "float32", 16),
+        # Larger than the cache alone.
+        ((2, 256, 256, 64), (3, 3, 64, 64), "float32", 1),
+        # Of a prime number of examples, groups would be of one.
+        ((127, 32, 32, 32), (3, 3, 32, 32), "float32", None),
+        ((16, 32, 32, 16), (3, 3, 16, 32), "float32", None),
+        ((16, 8, 8, 32), (3, 3, 32, 32), "float32", None),
+        ((16, 33, 32, 32), (3, 3, 32, 32), "float32", None),
+        ((16, 32, 32, 32), (1, 1, 32, 32), "float32", None),
+        ((16, 32, 32, 32), (3, 3, 32, 32), "bfloat16", None),
+    ],
+)
+def test_tiles_are_used_where_they_pay(shape, kernel_shape, dtype, size, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    inputs, kernel = (jax.ShapeDtypeStruct(of, dtype) for of in (shape, kernel_shape))
+    assert layers._winograd_size(((1, 1), (1, 1)), inputs, kernel) == size
+    num_products = str(
+        jax.make_jaxpr(layers._convolve, static_argnums=(0, 1))(
+            ((1, 1), (1, 1)), None, inputs, kernel
+        )
+    ).count("dot_general")
+    assert num_products == (0 if size is None else 16)
 
 
 def test_normalize_uses_one_value_or_one_for_each_channel(key):
