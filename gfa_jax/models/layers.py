@@ -157,9 +157,9 @@ _MIN_POSITIONS, _MIN_SIZE = 128, 4096
 # About what stays in a core's own caches.
 _CACHE_BYTES = 4 << 20
 # From so many channels on, tiles cost less than the products that they save.
-_MIN_TILED_CHANNELS = 32
+_MIN_WINOGRAD_CHANNELS = 32
 # What tiles of inputs and products may take: about a cache that cores share.
-_TILED_BYTES = 16 << 20
+_WINOGRAD_BYTES = 16 << 20
 # Kernel offsets times channels up to which sums of products beat XLA:CPU's convolution: 3x3 of RGB.
 _MAX_TERMS = 27
 
@@ -190,8 +190,8 @@ def _convolve(pads: Pads, precision: Any, inputs: Array, kernel: Array) -> Array
         return _convolve_few_inputs(pads, precision, inputs, kernel)
     if height * width * after <= _MAX_TERMS:
         return _convolve_few_outputs(pads, precision, inputs, kernel)
-    if (size := _winograd_size(pads, inputs, kernel)) is not None:
-        return _convolve_by_tiles(size, pads, precision, inputs, kernel)
+    if (size := _winograd_group_size(pads, inputs, kernel)) is not None:
+        return _convolve_winograd(size, pads, precision, inputs, kernel)
     return lax.conv_general_dilated(
         inputs, kernel, (1, 1), pads, dimension_numbers=_NHWC, precision=precision
     )
@@ -254,7 +254,7 @@ def _convolve_few_outputs(pads: Pads, precision: Any, inputs: Array, kernel: Arr
     return functools.reduce(jnp.add, terms).astype(dtype)
 
 
-def _winograd_size(pads: Pads, inputs: Array, kernel: Array) -> int | None:
+def _winograd_group_size(pads: Pads, inputs: Array, kernel: Array) -> int | None:
     """Returns how many examples to convolve by tiles at a time; ``None`` for not by tiles."""
     (batch, *spatial, before), (height, width, _, after) = inputs.shape, kernel.shape
     dtype = jnp.result_type(inputs, kernel)
@@ -266,17 +266,17 @@ def _winograd_size(pads: Pads, inputs: Array, kernel: Array) -> int | None:
         or dtype.itemsize < 4
         or rows % 2
         or columns % 2
-        or narrow < _MIN_TILED_CHANNELS
+        or narrow < _MIN_WINOGRAD_CHANNELS
         or rows * columns * narrow < _MIN_SIZE
     ):
         return None
     # Tiles of inputs and of products are four times as large as these.
     tiled_bytes = 4 * rows * columns * (before + after) * dtype.itemsize
-    if batch * tiled_bytes <= 2 * _TILED_BYTES:
+    if batch * tiled_bytes <= 2 * _WINOGRAD_BYTES:
         return batch
-    size = _group_size(batch, tiled_bytes, _TILED_BYTES)
+    size = _group_size(batch, tiled_bytes, _WINOGRAD_BYTES)
     # A batch that does not divide well would be a long loop over few examples.
-    return size if 2 * size >= _TILED_BYTES // tiled_bytes else None
+    return size if 2 * size >= _WINOGRAD_BYTES // tiled_bytes else None
 
 
 def _group_size(batch: int, example_bytes: int, most_bytes: int) -> int:
@@ -287,7 +287,7 @@ def _group_size(batch: int, example_bytes: int, most_bytes: int) -> int:
     )
 
 
-def _convolve_by_tiles(
+def _convolve_winograd(
     size: int, pads: Pads, precision: Any, inputs: Array, kernel: Array
 ) -> Array:
     """Convolves with fewer products, so many examples at a time that their tiles fit the cache."""

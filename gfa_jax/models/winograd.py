@@ -34,7 +34,10 @@ def convolve(padded: Array, transformed: Sequence[Array], precision: Any) -> Arr
       precision: of the products.
 
     Returns:
-      ``[B, H, W, D]``.
+      ``[B, H, W, D]``, of the same dtype.
+
+    Raises:
+      TypeError: for odd ``H`` or ``W``, which tiles of 2x2 outputs do not cover.
     """
     size, height, width, channels = padded.shape
     rows, columns = height // 2 - 1, width // 2 - 1

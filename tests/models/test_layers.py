@@ -61,7 +61,7 @@ def machine(request, monkeypatch):
         monkeypatch.setattr(jax, "device_count", lambda: 1)
     if request.param == "small_cache":
         monkeypatch.setattr(layers, "_CACHE_BYTES", 1000)
-        monkeypatch.setattr(layers, "_TILED_BYTES", 200_000)
+        monkeypatch.setattr(layers, "_WINOGRAD_BYTES", 200_000)
 
 
 @pytest.fixture(params=ALL)
@@ -179,7 +179,7 @@ def test_is_used_for_plain_convolutions_and_only_for_them(key, monkeypatch):
 def test_tiles_are_used_where_they_pay(shape, kernel_shape, dtype, size, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     inputs, kernel = (jax.ShapeDtypeStruct(of, dtype) for of in (shape, kernel_shape))
-    assert layers._winograd_size(((1, 1), (1, 1)), inputs, kernel) == size
+    assert layers._winograd_group_size(((1, 1), (1, 1)), inputs, kernel) == size
     num_products = str(
         jax.make_jaxpr(layers._convolve, static_argnums=(0, 1))(
             ((1, 1), (1, 1)), None, inputs, kernel

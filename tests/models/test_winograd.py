@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
@@ -32,6 +33,11 @@ def test_is_exact_in_integers(sizes, seed):
     kernel = rng.integers(-8, 9, (3, 3, before, after))
     arrays = [jnp.asarray(array, jnp.float32) for array in (padded, kernel)]
     np.testing.assert_array_equal(minimal(*arrays), reference(*arrays))
+
+
+def test_odd_sizes_are_refused():
+    with pytest.raises(TypeError, match="reshape"):
+        minimal(jnp.zeros((1, 7, 6, 2)), jnp.zeros((3, 3, 2, 2)))
 
 
 def test_rounding_is_that_of_a_few_plain_sums(key):
