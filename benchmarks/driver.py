@@ -224,6 +224,7 @@ def run(flags: Flags) -> None:
             num_images=size,
             seconds=found.seconds,
             compile_seconds=found.compile_seconds,
+            network_seconds=found.network_seconds,
             load=load,
             **quality,
         )

@@ -29,9 +29,10 @@ def render(results: Mapping[str, Any]) -> str:
         "",
         "Seconds per 1,000 images: median (fastest to slowest) over rounds in which the libraries "
         "take turns, scaled from the number of images named. Compilation, once for a program, has "
-        "a column of its own. Strength: robust accuracy within epsilon, or the median norm of "
-        "what was found among images classified correctly (failures count as infinite); lower is "
-        "stronger.",
+        "a column of its own. Network alone: the forward passes and gradients that were counted, "
+        "at what these take in a compiled loop with nothing else in it. Strength: robust accuracy "
+        "within epsilon, or the median norm of what was found among images classified correctly "
+        "(failures count as infinite); lower is stronger.",
         "",
     ]
     load = max((one["load"] for one in results["measurements"]), default=0)
@@ -46,8 +47,9 @@ def render(results: Mapping[str, Any]) -> str:
     for norm in norms:
         lines += [f"## {norm}, epsilon = {settings['epsilons'][norm]:g}", ""]
         lines += [
-            "| attack | library | images | rounds | s / 1,000 images | compilation, s | strength |",
-            "|---|---|---:|---:|---:|---:|---|",
+            "| attack | library | images | rounds | s / 1,000 images | network alone, s / 1,000 "
+            "images | compilation, s | strength |",
+            "|---|---|---:|---:|---:|---:|---:|---|",
         ]
         for row in _rows(results, norm):
             known = results["notes"].get(row["library"], {})
@@ -84,10 +86,13 @@ def _line(row: Mapping[str, Any], mark: str) -> str:
     time = f"{statistics.median(seconds):.3g}"
     if len(rounds) > 1:
         time += f" ({min(seconds):.3g} to {max(seconds):.3g})"
+    alone = [one["network_seconds"] for one in rounds if one.get("network_seconds") is not None]
+    network = f"{statistics.median(alone) * 1000 / size:.3g}" if alone else ""
     compilation = max(one["compile_seconds"] for one in rounds)
     return (
         f"| {row['attack']} | {row['library']}{mark} | {size} | {len(rounds)} | {time} | "
-        f"{f'{compilation:.1f}' if compilation else ''} | {_strength(row['attack'], rounds[0])} |"
+        f"{network} | {f'{compilation:.1f}' if compilation else ''} | "
+        f"{_strength(row['attack'], rounds[0])} |"
     )
 
 
