@@ -55,7 +55,9 @@ def alignment(features: Array, grads: Array, norm: str = "l2") -> Array:
     return jnp.where(nonzero, -norms.dot(features, grads) / jnp.where(nonzero, product, 1), 0)
 
 
-def penalty(features: Array, grads: Array, *, form: str = "log", norm: str = "l2") -> Array:
+def penalty(
+    features: Array, grads: Array, *, form: str = "log", norm: str = "l2", ceiling: float = 1.0
+) -> Array:
     """Returns the penalty ``[B]`` that training minimises.
 
     The forms, with ``a`` the alignment:
@@ -73,12 +75,20 @@ def penalty(features: Array, grads: Array, *, form: str = "log", norm: str = "l2
       grads: the same shape.
       form: one of ``FORMS``.
       norm: as in ``alignment``.
+      ceiling: alignment (its size, where unsigned) in (0, 1] beyond which nothing more is asked:
+        the penalty is that at the ceiling, without slope. By the radius identity it is a radius as
+        a share of the feature's norm. Not for ``tangential``.
 
     Raises:
-      ValueError: for an unknown form or norm, or ``tangential`` with another norm than l_2.
+      ValueError: for an unknown form or norm, a ceiling out of range, or ``tangential`` with
+        another norm than l_2 or with a ceiling.
     """
     _validate.one_of(FORMS, form=form)
+    if not 0 < ceiling <= 1:
+        raise ValueError(f"ceiling={ceiling!r} must lie in (0, 1].")
     if form == "tangential":
+        if ceiling < 1:
+            raise ValueError(f"ceiling={ceiling!r}: the form 'tangential' has none.")
         if norm != "l2":
             raise ValueError(
                 f"norm={norm!r}: the form 'tangential' is defined for the norm 'l2' alone."
@@ -87,11 +97,15 @@ def penalty(features: Array, grads: Array, *, form: str = "log", norm: str = "l2
         tangential = radial_tangential(grads, features)[1]
         return norms.vector_norm(tangential, "l2") * norms.vector_norm(features, "l2")
     cosine = alignment(features, grads, norm)
+    if form in ("squared", "absolute"):
+        cosine = jnp.abs(cosine)
+    if ceiling < 1:
+        cosine = jnp.minimum(cosine, ceiling)
     if form == "linear":
         return 1 - cosine
     if form == "log":
         return -jnp.log(jax.nn.softplus(_LOG_SHARPNESS * cosine) / _LOG_SHARPNESS)
-    return 1 - cosine**2 if form == "squared" else 1 - jnp.abs(cosine)
+    return 1 - cosine**2 if form == "squared" else 1 - cosine
 
 
 def radial_tangential(vectors: Array, reference: Array) -> tuple[Array, Array]:

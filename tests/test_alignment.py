@@ -99,6 +99,29 @@ def test_penalty_forms(key, form, expected):
     )
 
 
+@pytest.mark.parametrize("form", ["linear", "log", "squared", "absolute"])
+def test_nothing_is_asked_above_the_ceiling(key, form):
+    features, grads = draw(key)
+    cosine = np.asarray(alignment.alignment(features, grads))
+    size = np.abs(cosine) if form in ("squared", "absolute") else cosine
+    ceiling = float(np.quantile(size, 0.75))
+
+    def penalty(grads, ceiling):
+        return alignment.penalty(features, grads, form=form, ceiling=ceiling)
+
+    above = size > ceiling
+    assert ceiling > 0
+    assert above.any()
+    chex.assert_trees_all_close(penalty(grads, ceiling)[~above], penalty(grads, 1.0)[~above])
+    # Above it, all have the penalty of the ceiling, which is the largest of what is left out.
+    assert np.ptp(penalty(grads, ceiling)[above]) == 0
+    assert np.all(penalty(grads, ceiling)[above] > penalty(grads, 1.0)[above])
+    slopes = jax.grad(lambda grads: penalty(grads, ceiling).sum())(grads)
+    moves = np.abs(slopes).reshape(len(size), -1).sum(axis=1)
+    assert np.all(moves[above] == 0)
+    assert np.all(moves[size < ceiling] > 0)
+
+
 def test_tangential_penalty_is_the_length_of_the_tangential_gradient_times_that_of_the_feature():
     features, grads = jnp.array([[3.0, 0.0]]), jnp.array([[7.0, 2.0]])
     chex.assert_trees_all_close(
@@ -217,6 +240,10 @@ def test_bad_arguments_name_the_argument_and_what_is_valid():
     ones = jnp.ones((2, 3))
     with pytest.raises(ValueError, match=r"norm='l3' is not one of \['l1', 'l2', 'linf'\]"):
         alignment.alignment(ones, ones, "l3")
+    with pytest.raises(ValueError, match=r"ceiling=1.5 must lie in \(0, 1\]"):
+        alignment.penalty(ones, ones, ceiling=1.5)
+    with pytest.raises(ValueError, match="ceiling=0.5: the form 'tangential' has none"):
+        alignment.penalty(ones, ones, form="tangential", ceiling=0.5)
     with pytest.raises(ValueError, match=r"form='logg'.*Did you mean 'log'"):
         alignment.penalty(ones, ones, form="logg")
     with pytest.raises(ValueError, match="'tangential' is defined for the norm 'l2' alone"):

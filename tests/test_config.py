@@ -299,6 +299,12 @@ def test_unknown_fields_of_a_saved_config_are_named():
             "config.attack.step_size=0.1 needs config.attack.random_start=True",
         ),
         ("loop", {"log_every": 0}, "config.loop.log_every=0"),
+        ("gfa", {"input_ceiling": 0.0}, r"config.gfa.input_ceiling=0.0 must lie in \(0, 1\]"),
+        (
+            "gfa",
+            {"form": "tangential", "input_ceiling": 0.1},
+            "config.gfa.input_ceiling=0.1: the form 'tangential' has no ceiling",
+        ),
     ],
 )
 def test_values_out_of_range_are_refused(section, changes, message):

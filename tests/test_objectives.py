@@ -49,8 +49,14 @@ def flat(tree):
 def test_loss_is_cross_entropy_plus_the_weighted_mean_penalty(case, key):
     model, params, batch = case
     weights, norms = {"normalize": 3.0, "block_.*": 0.5}, {"normalize": "linf"}
+    ceiling = 0.004
     objective = objectives.gfa(
-        0.7, layer_weights=weights, layer_norms=norms, target="log_odds", form="linear"
+        0.7,
+        layer_weights=weights,
+        layer_norms=norms,
+        layer_ceilings={"normalize": ceiling},
+        target="log_odds",
+        form="linear",
     )
     loss, aux = jax.jit(functools.partial(objective, model))(params, batch, key)
 
@@ -65,6 +71,9 @@ def test_loss_is_cross_entropy_plus_the_weighted_mean_penalty(case, key):
         norm, weight = ("linf", 3.0) if name == "normalize" else ("l2", 0.5)
         cosine = alignment.alignment(features[name], grads[name], norm)
         chex.assert_trees_all_close(aux.metrics[f"alignment/{name}"], jnp.mean(cosine), rtol=1e-5)
+        if name == "normalize":
+            assert 0 < jnp.sum(cosine > ceiling) < len(cosine)
+            cosine = jnp.minimum(cosine, ceiling)
         total, weight_sum = total + weight * jnp.mean(1 - cosine), weight_sum + weight
     ce = jnp.mean(losses.cross_entropy(logits, batch["labels"]))
     chex.assert_trees_all_close(loss, ce + 0.7 * total / weight_sum, rtol=1e-5)
@@ -267,6 +276,8 @@ def test_batch_statistics_come_back(key):
         ({"second_order": "exactly"}, "second_order='exactly'.*Did you mean 'exact'"),
         ({"displacement": 1.5}, r"displacement=1.5 must lie in \(0, 1\)"),
         ({"layer_norms": {"a": "l3"}}, r"layer_norms\['a'\]='l3' is not one of"),
+        ({"layer_ceilings": {"a": 0.0}}, r"layer_ceilings\['a'\]=0.0 must lie in \(0, 1\]"),
+        ({"form": "tangential", "layer_ceilings": {"a": 0.5}}, "'tangential' has no ceiling"),
         ({"layer_weights": {"a": -2.0}}, r"layer_weights\['a'\]=-2.0"),
         ({"form": "tangential", "layer_norms": {"a": "linf"}}, "defined for the norm 'l2' alone"),
     ],

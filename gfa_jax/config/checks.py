@@ -114,6 +114,13 @@ def validate(config: TrainConfig, *, num_devices: int = 1, num_processes: int = 
         raise ValueError(f"config.optimizer.drops={drops} must ascend within (0, 1).")
     if not 0 < config.gfa.displacement < 1:
         raise ValueError(f"config.gfa.displacement={config.gfa.displacement} must lie in (0, 1).")
+    if not 0 < config.gfa.input_ceiling <= 1:
+        raise ValueError(f"config.gfa.input_ceiling={config.gfa.input_ceiling} must lie in (0, 1].")
+    if config.gfa.form == "tangential" and config.gfa.input_ceiling < 1:
+        raise ValueError(
+            f"config.gfa.input_ceiling={config.gfa.input_ceiling}: the form 'tangential' has no "
+            "ceiling."
+        )
     input_norm = config.threat.norm if config.gfa.input_norm == "threat" else config.gfa.input_norm
     if config.gfa.form == "tangential" and config.gfa.input_weight > 0 and input_norm != "l2":
         raise ValueError(

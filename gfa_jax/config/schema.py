@@ -146,6 +146,9 @@ class GFAConfig:
     """Weight of each hidden layer; 0 leaves them out."""
     hidden_layers: str = ""
     """Pattern of the hidden taps; empty for the model's own."""
+    input_ceiling: float = 1.0
+    """Alignment of the input beyond which nothing more is asked of an example, in (0, 1]; 1 for no
+    ceiling. For the l_inf norm it is about the radius over the largest normalised pixel."""
     input_norm: str = "threat"
     """Norm of the input feature; ``threat`` for that of the threat model. Hidden layers use l2."""
     second_order: str = "exact"

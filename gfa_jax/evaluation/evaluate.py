@@ -37,8 +37,10 @@ class EvalFlags(distributed.Cluster):
     """linf, l2 or l1; by default that of the run's threat model."""
     epsilon: float | None = None
     """Radius for images in [0, 1], such as 8/255; by default that of the run's threat model."""
+    split: str = "test"
+    """Examples of the run's data: test, or validation, to choose among recipes by."""
     num_examples: int | None = None
-    """The first so many test examples; all by default."""
+    """The first so many examples; all by default."""
     batch_size: int = 200
     """Examples attacked at once, over all devices."""
     mode: str = "standalone"
@@ -57,7 +59,7 @@ class EvalFlags(distributed.Cluster):
     data_dir: str | None = None
     """Where the data lies, if not where the run was trained on it."""
     out: str | None = None
-    """Folder of the results; WORKDIR/eval by default."""
+    """Folder of the results; WORKDIR/eval by default, WORKDIR/eval-validation for that split."""
 
 
 def parse_attack(spec: str) -> tuple[str, dict[str, Any]]:
@@ -115,6 +117,7 @@ def evaluate(flags: EvalFlags) -> dict[str, Any]:
     run = loading.load_run(
         workdir,
         which=flags.checkpoint,
+        split=flags.split,
         num_examples=flags.num_examples,
         data_dir=flags.data_dir,
     )
@@ -127,7 +130,8 @@ def evaluate(flags: EvalFlags) -> dict[str, Any]:
         norm=flags.norm or run.config.threat.norm,
         epsilon=run.config.threat.epsilon if flags.epsilon is None else flags.epsilon,
     )
-    out = pathlib.Path(flags.out) if flags.out else workdir / "eval"
+    folder = "eval" if flags.split == "test" else f"eval-{flags.split}"
+    out = pathlib.Path(flags.out) if flags.out else workdir / folder
     return _evaluate(subject.from_run(run, workdir.resolve().name), threat, settings, out)
 
 

@@ -10,11 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gfa_jax import _validate, data, files, taps
 from gfa_jax import config as config_lib
-from gfa_jax import data, files, taps
 from gfa_jax.config import TrainConfig
 from gfa_jax.training import checkpoint, layout, recipe
 from gfa_jax.types import Array, Features, ModelState, Params, Taps
+
+SPLITS = ("test", "validation")
+"""Examples that a run was not trained on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +28,7 @@ class LoadedRun:
       config: of the training run.
       saved_config: its fields as the run has them, without those of later versions.
       classifier: what the config says about it.
+      split: that the examples are of.
       test_set: the examples to evaluate on.
       params: parameters, replicated over the mesh.
       model_state: other variables.
@@ -37,6 +41,7 @@ class LoadedRun:
     config: TrainConfig
     saved_config: Mapping[str, Any]
     classifier: recipe.Classifier
+    split: str
     test_set: data.Dataset
     params: Params
     model_state: ModelState
@@ -57,21 +62,25 @@ def load_run(
     workdir: pathlib.Path,
     *,
     which: str = "latest",
+    split: str = "test",
     num_examples: int | None = None,
     data_dir: str | None = None,
 ) -> LoadedRun:
-    """Reads the config, the checkpoint and the test split of a run.
+    """Reads the config, the checkpoint and the examples of a run.
 
     Args:
       workdir: of ``train.py``.
       which: ``latest``, ``best`` or a step.
-      num_examples: the first so many test examples; all by default.
+      split: of the run's data, ``test`` or ``validation``.
+      num_examples: the first so many examples of it; all by default.
       data_dir: replaces ``config.data.data_dir``.
 
     Raises:
       FileNotFoundError: for a folder that is no run, a missing checkpoint or data set.
+      ValueError: for another split, or one that the run does not have.
       checkpoint.IncompatibleCheckpointError: naming the leaves that differ.
     """
+    _validate.one_of(SPLITS, split=split)
     path = workdir / "config.json"
     if not path.is_file():
         raise FileNotFoundError(
@@ -86,7 +95,7 @@ def load_run(
         )
     test_set = data.load(
         config.data.name,
-        "test",
+        split,
         data_dir=data_dir or config.data.data_dir,
         num_validation=config.data.num_validation,
         max_examples=num_examples,
@@ -129,6 +138,7 @@ def load_run(
         config,
         files.read_json(path)["config"],
         built,
+        split,
         test_set,
         params,
         model_state,

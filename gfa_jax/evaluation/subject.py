@@ -110,7 +110,7 @@ def from_run(run: loading.LoadedRun, name: str) -> Subject:
         mesh=run.mesh,
         weights_hash=run.weights_hash,
         details={
-            "data": {"name": run.config.data.name, "split": "test"},
+            "data": {"name": run.config.data.name, "split": run.split},
             "config": dict(run.saved_config),
             "checkpoint_step": run.step,
             "training": dict(run.training),

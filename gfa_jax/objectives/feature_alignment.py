@@ -36,6 +36,7 @@ def gfa(
     *,
     layer_weights: Mapping[str, float] | None = None,
     layer_norms: Mapping[str, str] | None = None,
+    layer_ceilings: Mapping[str, float] | None = None,
     target: str | LossFn = SAMPLED_MARGIN,
     form: str = "log",
     second_order: str = "exact",
@@ -55,6 +56,8 @@ def gfa(
         that matches counts, others weigh 1. A weight of 0 leaves a tap out.
       layer_norms: ``{pattern: norm}`` in the same way; others are ``l2``. At the input, use the
         norm of the threat model.
+      layer_ceilings: ``{pattern: ceiling}`` in the same way: the alignment beyond which nothing
+        more is asked of an example (``alignment.penalty``); others have none (1).
       target: the differentiated target: ``sampled_margin`` (``z_k - z_y`` with ``k`` uniform over
         the other classes, drawn at every step), a name from ``losses.LOSSES``, or a per-example
         function. ``cross_entropy`` is the paper's literal reading; its gradient vanishes on
@@ -87,6 +90,13 @@ def gfa(
                 f"layer_norms[{pattern!r}]={norm!r}: the form 'tangential' is defined for the norm "
                 "'l2' alone."
             )
+    for pattern, ceiling in (layer_ceilings or {}).items():
+        if not 0 < ceiling <= 1:
+            raise ValueError(f"layer_ceilings[{pattern!r}]={ceiling!r} must lie in (0, 1].")
+        if form == "tangential" and ceiling < 1:
+            raise ValueError(
+                f"layer_ceilings[{pattern!r}]={ceiling!r}: the form 'tangential' has no ceiling."
+            )
     if isinstance(target, str):
         _validate.one_of(TARGETS, target=target)
     _validate.one_of(alignment_lib.FORMS, form=form)
@@ -98,6 +108,7 @@ def gfa(
         """Returns the weighted mean penalty of the batch and its metrics."""
         weights = _by_pattern(features, layer_weights, 1.0, "layer_weights")
         layer_norm = _by_pattern(features, layer_norms, "l2", "layer_norms")
+        ceilings = _by_pattern(features, layer_ceilings, 1.0, "layer_ceilings")
         names = [name for name in features if weights[name] > 0]
         if not names:
             raise ValueError(
@@ -108,7 +119,11 @@ def gfa(
         zeros = []
         for name in names:
             per_example = alignment_lib.penalty(
-                features[name], grads[name], form=form, norm=layer_norm[name]
+                features[name],
+                grads[name],
+                form=form,
+                norm=layer_norm[name],
+                ceiling=ceilings[name],
             )
             total += weights[name] * jnp.mean(per_example)
             cosine = alignment_lib.alignment(features[name], grads[name], layer_norm[name])

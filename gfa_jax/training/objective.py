@@ -24,7 +24,10 @@ ObjectiveAt = Callable[[Array], Objective]
 
 
 def objective_at(
-    config: TrainConfig, layer_weights: Mapping[str, float], layer_norms: Mapping[str, str]
+    config: TrainConfig,
+    layer_weights: Mapping[str, float],
+    layer_norms: Mapping[str, str],
+    layer_ceilings: Mapping[str, float] | None = None,
 ) -> ObjectiveAt:
     """Returns the objective of a recipe as a function of the step.
 
@@ -32,6 +35,7 @@ def objective_at(
       config: the recipe.
       layer_weights: weights of the aligned taps by pattern; empty without alignment.
       layer_norms: norms of taps by pattern, those that are not l2.
+      layer_ceilings: ceilings of the alignment by pattern, where there are any.
 
     Raises:
       ValueError: for options that a part refuses.
@@ -42,7 +46,7 @@ def objective_at(
     gamma_at = _jump(
         config.loss.weight_perturbation, config.loss.weight_perturbation_start, num_steps
     )
-    terms_at = _terms(config, layer_weights, layer_norms)
+    terms_at = _terms(config, layer_weights, layer_norms, layer_ceilings or {})
 
     def build(step: Array) -> Objective:
         objective = objectives.sum_of(*terms_at(step))
@@ -89,7 +93,10 @@ def _jump(final: float, fraction: float, num_steps: int) -> Callable[[Array], fl
 
 
 def _terms(
-    config: TrainConfig, layer_weights: Mapping[str, float], layer_norms: Mapping[str, str]
+    config: TrainConfig,
+    layer_weights: Mapping[str, float],
+    layer_norms: Mapping[str, str],
+    layer_ceilings: Mapping[str, float],
 ) -> Callable[[Array], list[Objective]]:
     """Returns the loss and its regularisers at a step.
 
@@ -101,14 +108,17 @@ def _terms(
     makers: list[tuple[bool, Callable[[Array, float], Objective]]] = []
     if layer_weights:
         gfa_weight_at = ramp(config.gfa.weight, config.gfa.warmup_fraction, config.train_steps)
+        norms = {layer: norm for layer, norm in layer_norms.items() if layer in layer_weights}
+        ceilings = {
+            layer: ceiling for layer, ceiling in layer_ceilings.items() if layer in layer_weights
+        }
 
         def alignment(step: Array, cross_entropy_weight: float) -> Objective:
             return objectives.gfa(
                 gfa_weight_at(step),
                 layer_weights=layer_weights,
-                layer_norms={
-                    layer: norm for layer, norm in layer_norms.items() if layer in layer_weights
-                },
+                layer_norms=norms,
+                layer_ceilings=ceilings,
                 target=config.gfa.target,
                 form=config.gfa.form,
                 second_order=config.gfa.second_order,

@@ -221,7 +221,9 @@ def build(config: TrainConfig, *, num_classes: int, image_shape: tuple[int, ...]
     return Recipe(
         **vars(classifier),
         train_layers=tuple(aligned),
-        objective_at=objective.objective_at(config, aligned, classifier.layer_norms),
+        objective_at=objective.objective_at(
+            config, aligned, classifier.layer_norms, {input_layer: config.gfa.input_ceiling}
+        ),
         learning_rate=learning_rate,
         optimizer=optimizer,
         augment=augment,

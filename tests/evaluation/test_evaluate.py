@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from gfa_jax import attacks
+from gfa_jax import attacks, data
 from gfa_jax.evaluation import compare, evaluate, loading, records, report
 from gfa_jax.training import checkpoint, loop
 
@@ -64,6 +64,21 @@ def test_results_have_the_documented_fields(evaluated, workdir):
     assert counts["num_forwards"] == 50 + num_attacked * 2 * 4
     assert counts["num_backwards"] == num_attacked * 2 * 3
     assert {"versions", "precision", "seconds", "diagnostics", "minimum_norm"} <= set(results)
+
+
+def test_the_validation_split_has_a_folder_of_its_own(workdir):
+    flags = evaluate.EvalFlags(
+        str(workdir), attacks="fgsm", split="validation", num_examples=20, diagnostics="off"
+    )
+    results = evaluate.evaluate(flags)
+    assert results["data"]["split"] == "validation"
+    assert not (workdir / "eval").exists()
+    outcomes = np.load(workdir / "eval-validation" / "outcomes.npz", allow_pickle=False)
+    config = tiny_config().data
+    held_out = data.load(config.name, "validation", num_validation=config.num_validation)
+    np.testing.assert_array_equal(outcomes["ids"], held_out.ids[:20])
+    with pytest.raises(ValueError, match="split='train' is not one of"):
+        evaluate.evaluate(dataclasses.replace(flags, split="train"))
 
 
 def test_accuracies_are_those_of_the_records(evaluated):

@@ -1,6 +1,7 @@
 """From a config to its objective: each against the composition written out by hand."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -162,6 +163,18 @@ HAND = {
         objectives.noisy(objectives.normal_noise(0.2), CE()),
     ),
 }
+
+
+def test_ceilings_are_those_of_aligned_layers(case, key):
+    params, batch = case
+    config = recipe(gfa=GFAConfig(weight=1.0, warmup_fraction=0.0))
+    build = functools.partial(objective_at, config, {"input": 1.0}, {})
+    step = jnp.zeros((), jnp.int32)
+    plain, whole, low, elsewhere = (
+        float(jax.jit(functools.partial(build(ceilings)(step), model))(params, batch, key)[0])
+        for ceilings in ({}, {"input": 1.0}, {"input": 1e-3}, {"not aligned": 1e-3})
+    )
+    assert plain == whole == elsewhere < low
 
 
 @pytest.mark.parametrize("name", HAND)
