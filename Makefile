@@ -7,7 +7,7 @@ VENV ?= .venv-$(notdir $(PYTHON))
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
 
-.PHONY: demo digits objectives faults soak scaling test test-slow test-parity benchmark benchmark-steps benchmark-attacks guard lint format
+.PHONY: demo digits objectives study faults soak scaling test test-slow test-parity benchmark benchmark-steps benchmark-attacks guard lint format
 .PHONY: install install-dev install-parity install-adv-lib clean
 
 $(VENV)/.installed: pyproject.toml
@@ -44,6 +44,14 @@ digits: install
 # A stopped one goes on. ARGS='--recipes trades,mart --seeds 1' for a part.
 objectives: install
 	$(BIN)/python benchmarks/objectives.py --out runs/objectives $(ARGS)
+
+# Does GFA work? Trains and judges the recipes of configs/study/cifar10.py, and writes docs/study.md from docs/study/records:
+# what has a record is not made again. Hours on 2 CPU cores; a stopped one goes on, and a second one beside it shares the work.
+# make study DATA_DIR=~/tensorflow_datasets ARGS='--trials gfa_input --max_seeds 1'
+DATA_DIR ?= $(HOME)/tensorflow_datasets
+study: install
+	$(BIN)/python -m gfa_jax.study --study configs/study/cifar10.py --data_dir $(DATA_DIR) \
+	  --records docs/study/records --page docs/study.md $(ARGS)
 
 # Breaks training in many ways and resumes it: some fifteen minutes on 2 CPU cores. A stopped one goes on.
 faults: install

@@ -36,6 +36,7 @@ class Program(NamedTuple):
       memory_bytes: of one device at its peak; ``None`` where the compiler does not tell.
       trace_seconds: from Python to XLA's input.
       compile_seconds: of XLA.
+      compiled: the program itself.
     """
 
     start: Callable[[], Any]
@@ -44,6 +45,7 @@ class Program(NamedTuple):
     memory_bytes: int | None
     trace_seconds: float
     compile_seconds: float
+    compiled: jax.stages.Compiled
 
 
 _GFA = GFAConfig(weight=1.0, warmup_fraction=0.0)
@@ -176,7 +178,7 @@ def train_step(config: TrainConfig, task: Task) -> Program:
         state, metrics = compiled(state, examples, key)
         return metrics
 
-    return Program(start, task.batch_size, operations, _memory(compiled), *seconds)
+    return Program(start, task.batch_size, operations, _memory(compiled), *seconds, compiled)
 
 
 def create_attack(name: str, options: Mapping[str, Any], threat: ThreatModel) -> attacks.Attack:
@@ -238,7 +240,12 @@ def attack(name: str, options: Mapping[str, Any], threat: ThreatModel, task: Tas
             operations = None
         compiled, seconds = _compile(jax.jit(run), *arguments)
     return Program(
-        lambda: compiled(*arguments), task.batch_size, operations, _memory(compiled), *seconds
+        lambda: compiled(*arguments),
+        task.batch_size,
+        operations,
+        _memory(compiled),
+        *seconds,
+        compiled,
     )
 
 
@@ -246,7 +253,9 @@ def product(size: int = 2048) -> Program:
     """A matrix product: what the device reaches with nothing else to do."""
     one, other = jax.random.normal(jax.random.key(0), (2, size, size))
     compiled, seconds = _compile(jax.jit(jnp.matmul), one, other)
-    return Program(lambda: compiled(one, other), 1, 2 * size**3, _memory(compiled), *seconds)
+    return Program(
+        lambda: compiled(one, other), 1, 2 * size**3, _memory(compiled), *seconds, compiled
+    )
 
 
 def batch(task: Task) -> dict[str, Array]:

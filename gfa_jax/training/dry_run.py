@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,24 +37,11 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     Raises:
       ValueError: for a bad config, or data that does not fit.
     """
-    num_devices = jax.device_count()
-    config_lib.validate(config, num_devices=num_devices, num_processes=jax.process_count())
-    described = data.describe(config.data.name, data_dir=config.data.data_dir)
-    built = recipe.build(
-        config, num_classes=described.num_classes, image_shape=described.image_shape
-    )
-    mesh = layout.data_mesh(fsdp=config.fsdp)
-    split = layout.split(mesh)
-    train_step, template = built.train_step(mesh), built.template(mesh)
-    images = (config.batch_size, *described.image_shape)
-    batch = {
-        "inputs": jax.ShapeDtypeStruct(images, described.dtype, sharding=split),
-        "labels": jax.ShapeDtypeStruct(images[:1], jnp.int32, sharding=split),
-    }
-    key = layout.everywhere(lambda: jax.random.key(0), mesh)
+    traced = _trace(config)
+    num_devices, template, built = jax.device_count(), traced.template, traced.recipe
     with jax.default_matmul_precision(config.precision):
-        operations = flops.count(train_step, template, batch, key)
-        compiled = train_step.lower(template, batch, key).compile()
+        operations = flops.count(traced.step, *traced.arguments)
+        compiled = traced.step.lower(*traced.arguments).compile()
     memory, program = compiled.memory_analysis(), compiled.as_text()
     if memory is None or program is None:
         raise ValueError(f"{jax.default_backend()} devices do not tell what a program needs.")
@@ -71,13 +58,54 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         "parameters": state.num_params(template.params),
         "parameter_bytes": sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in leaves),
         "flops": operations,
-        "forward_flops": flops.count(forward, variables, jax.ShapeDtypeStruct(images, jnp.float32)),
+        "forward_flops": flops.count(
+            forward, variables, jax.ShapeDtypeStruct(traced.images, jnp.float32)
+        ),
         "devices": num_devices,
         "memory_bytes": peak_bytes(memory),
         "collectives": {kind: one._asdict() for kind, one in collectives.count(program).items()},
         "transfers": [one._asdict() for one in transfers],
         "expected_seconds": expected,
     }
+
+
+class _Traced(NamedTuple):
+    """A training step and the shapes of its arguments."""
+
+    recipe: recipe.Recipe
+    step: Any
+    template: state.TrainState
+    images: tuple[int, ...]
+    arguments: tuple[Any, ...]
+
+
+def _trace(config: TrainConfig) -> _Traced:
+    """Returns the step of a recipe; data is described by its metadata alone."""
+    config_lib.validate(config, num_devices=jax.device_count(), num_processes=jax.process_count())
+    described = data.describe(config.data.name, data_dir=config.data.data_dir)
+    built = recipe.build(
+        config, num_classes=described.num_classes, image_shape=described.image_shape
+    )
+    mesh = layout.data_mesh(fsdp=config.fsdp)
+    split = layout.split(mesh)
+    train_step, template = built.train_step(mesh), built.template(mesh)
+    images = (config.batch_size, *described.image_shape)
+    batch = {
+        "inputs": jax.ShapeDtypeStruct(images, described.dtype, sharding=split),
+        "labels": jax.ShapeDtypeStruct(images[:1], jnp.int32, sharding=split),
+    }
+    key = layout.everywhere(lambda: jax.random.key(0), mesh)
+    return _Traced(built, train_step, template, images, (template, batch, key))
+
+
+def step_flops(config: TrainConfig) -> int:
+    """Returns ``flops`` of ``plan`` without compiling anything.
+
+    Raises:
+      ValueError: as ``plan``.
+    """
+    traced = _trace(config)
+    return flops.count(traced.step, *traced.arguments)
 
 
 def peak_bytes(memory: Any) -> int:

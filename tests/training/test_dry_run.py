@@ -38,6 +38,7 @@ def test_figures_of_a_step(standard):
     # (On CPU, the first kernel's gradient is a sum of products and not a convolution.)
     assert standard["flops"] == pytest.approx(64 * 2 * (3 * forward - first), rel=0.01)
     assert standard["forward_flops"] == pytest.approx(64 * 2 * (forward - first), rel=0.01)
+    assert dry_run.step_flops(digits_standard.get_config()) == standard["flops"]
     assert standard["devices"] == jax.device_count()
     # Parameters, two moments of AdamW, and a share of the images at least.
     assert standard["memory_bytes"] > 3 * standard["parameter_bytes"]

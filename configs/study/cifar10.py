@@ -1,0 +1,263 @@
+"""Does gradient-feature alignment work? A study on CIFAR-10 that 2 CPU cores can make.
+
+Source: claims and their protocol, arXiv 2511.13749; baselines, the papers that docs/study.md names.
+Data: CIFAR-10 through tensorflow-datasets: 20,000 training images, 5,000 held out, and the test
+images; `python -m gfa_jax.data.prepare cifar10 --data_dir DIR` prepares it.
+Cost: 10 epochs of a small CNN, minutes each; the whole study takes hours, and may be stopped.
+Result: docs/study.md, written by the command.
+Command: make study DATA_DIR=DIR; a trial alone: python train.py
+    --config configs/study/cifar10.py:gfa_input --workdir runs/gfa_input --config.data.data_dir=DIR
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+from configs import cifar10_standard
+from gfa_jax.config import (
+    AttackConfig,
+    GFAConfig,
+    LoopConfig,
+    LossConfig,
+    NoiseConfig,
+    RegularizerConfig,
+    TrainConfig,
+    choose,
+)
+from gfa_jax.study import Claim, Protocol, Study, Trial
+
+EPSILON = 8 / 255
+_SEEDS = (0, 1, 2)
+_WARMUP: dict[str, Any] = {"warmup_fraction": 0.25}
+
+
+def _recipe(*, homogeneous: bool = True, **parts: Any) -> TrainConfig:
+    base = cifar10_standard.get_config()
+    return dataclasses.replace(
+        base,
+        train_steps=1560,  # 10 epochs
+        data=dataclasses.replace(base.data, max_train_examples=20_000),
+        model=dataclasses.replace(base.model, width=0.5, homogeneous=homogeneous),
+        loop=LoopConfig(
+            log_every=20, checkpoint_every=500, eval_attack_steps=0, eval_examples=1000
+        ),
+        **parts,
+    )
+
+
+def _gfa(**fields: Any) -> GFAConfig:
+    """Alignment at the input alone, unless fields say otherwise."""
+    return GFAConfig(**{"weight": 20.0, "hidden_weight": 0.0, **fields})
+
+
+_FGSM = AttackConfig(name="fgsm", **_WARMUP)
+_LITERAL: dict[str, Any] = {
+    "target": "cross_entropy",
+    "form": "linear",
+    "input_norm": "l2",
+    "hidden_weight": 1.0,
+}
+
+TRIALS: dict[str, Trial] = {
+    "standard": Trial(label="standard", config=_recipe(), seeds=_SEEDS, is_tested=True),
+    "standard_biased": Trial(label="standard, with biases", config=_recipe(homogeneous=False)),
+    "fgsm_at": Trial(label="FGSM-AT", config=_recipe(attack=_FGSM), seeds=_SEEDS, is_tested=True),
+    "pgd2_at": Trial(
+        label="PGD-2 AT",
+        config=_recipe(attack=AttackConfig(name="pgd", num_steps=2, **_WARMUP)),
+        seeds=_SEEDS,
+        is_tested=True,
+    ),
+    "pgd10_at": Trial(
+        label="PGD-10 AT",
+        config=_recipe(attack=AttackConfig(name="pgd", num_steps=10, step_size=2 / 255, **_WARMUP)),
+        seeds=_SEEDS,
+        is_tested=True,
+    ),
+    "trades": Trial(
+        label="TRADES-10",
+        config=_recipe(
+            loss=LossConfig(name="trades", beta=6.0),
+            attack=AttackConfig(
+                name="pgd", loss="kl", num_steps=10, step_size=2 / 255, start_std=0.001, **_WARMUP
+            ),
+        ),
+        is_tested=True,
+    ),
+    "gradient_norm": Trial(
+        label="gradient norm",
+        config=_recipe(
+            regularizers=(
+                RegularizerConfig(
+                    name="gradient_norm",
+                    weight=EPSILON,
+                    warmup_fraction=0.5,
+                    options={"norm": "l1", "squared": False},
+                ),
+            )
+        ),
+        seeds=_SEEDS,
+        is_tested=True,
+    ),
+    "gfa_literal": Trial(
+        label="GFA, literal reading",
+        config=_recipe(homogeneous=False, gfa=GFAConfig(weight=1.0, **_LITERAL)),
+        hypothesis="The paper's words: cosine of the cross-entropy's gradient at all layers, "
+        "in a network with biases.",
+        seeds=_SEEDS,
+        is_tested=True,
+    ),
+    "gfa_literal_5": Trial(
+        label="the same, lambda 5",
+        config=_recipe(homogeneous=False, gfa=GFAConfig(weight=5.0, **_LITERAL)),
+        hypothesis="More of it helps more.",
+    ),
+    "gfa_literal_homogeneous": Trial(
+        label="the same as gfa_literal, without biases",
+        config=_recipe(gfa=GFAConfig(weight=1.0, **_LITERAL)),
+        hypothesis="The radius identity needs a homogeneous network.",
+    ),
+    "gfa_all_layers": Trial(
+        label="GFA, sampled margin, all layers, lambda 4",
+        config=_recipe(gfa=GFAConfig(weight=4.0, input_weight=3.0)),
+        hypothesis="A sampled other class cannot be served by one dump class.",
+    ),
+    "gfa_input": Trial(
+        label="GFA at the input, lambda 20",
+        config=_recipe(gfa=_gfa()),
+        hypothesis="The threat acts at the input; hidden layers only take capacity.",
+        seeds=_SEEDS,
+        is_tested=True,
+    ),
+    "gfa_input_5": Trial(
+        label="the same, lambda 5",
+        config=_recipe(gfa=_gfa(weight=5.0)),
+        hypothesis="Less costs less accuracy.",
+    ),
+    "gfa_ceiling_1": Trial(
+        label="GFA at the input up to 1 epsilon, lambda 20",
+        config=_recipe(gfa=_gfa(input_ceiling=0.0625)),
+        hypothesis="Images whose linear radius exceeds epsilon (an alignment of about .06) need no "
+        "more; as in adversarial training, capacity should go to the others.",
+    ),
+    "gfa_ceiling_2": Trial(
+        label="GFA at the input up to 2 epsilon, lambda 20",
+        config=_recipe(gfa=_gfa(input_ceiling=0.125)),
+        hypothesis="The linear radius overestimates the true one, so aim at twice epsilon.",
+    ),
+    "gfa_ceiling_2_60": Trial(
+        label="the same, lambda 60",
+        config=_recipe(gfa=_gfa(input_ceiling=0.125, weight=60.0)),
+        hypothesis="With a ceiling a larger weight cannot collapse the network.",
+    ),
+    "gfa_noise": Trial(
+        label="GFA up to 2 epsilon, uniform noise of epsilon",
+        config=_recipe(
+            gfa=_gfa(input_ceiling=0.125), noise=NoiseConfig(name="uniform", scale=EPSILON)
+        ),
+        hypothesis="Alignment at random points of the ball makes the linear radius hold further.",
+    ),
+    "gfa_hidden": Trial(
+        label="GFA up to 2 epsilon, hidden layers at a tenth",
+        config=_recipe(gfa=_gfa(input_ceiling=0.125, hidden_weight=0.1)),
+        hypothesis="Hidden layers help the input's alignment along.",
+    ),
+    "gfa_fgsm": Trial(
+        label="FGSM-AT + GFA up to 2 epsilon, lambda 2",
+        config=_recipe(attack=_FGSM, gfa=_gfa(input_ceiling=0.125, weight=2.0)),
+        hypothesis="Alignment at adversarial points adds to what they teach.",
+        seeds=_SEEDS,
+        is_tested=True,
+    ),
+    "gfa_fgsm_10": Trial(
+        label="the same, lambda 10",
+        config=_recipe(attack=_FGSM, gfa=_gfa(input_ceiling=0.125, weight=10.0)),
+        hypothesis="More of it helps more.",
+    ),
+    "gfa_fgsm_clean": Trial(
+        label="FGSM-AT + GFA of clean images up to 2 epsilon, lambda 2",
+        config=_recipe(attack=_FGSM, gfa=_gfa(input_ceiling=0.125, weight=2.0, inputs="clean")),
+        hypothesis="Clean and adversarial images together say more than the latter alone.",
+    ),
+}
+"""Recipes by name. Those that are tested were named before any test image was looked at."""
+
+
+def get_config(name: str) -> TrainConfig:
+    """Returns the recipe of a trial."""
+    recipes = {key: functools.partial(trial.at, 0) for key, trial in TRIALS.items()}
+    return choose(recipes, name)
+
+
+CLAIMS = (
+    Claim(
+        text="more accurate under APGD than standard adversarial training",
+        ours="gfa_literal",
+        baseline="pgd10_at",
+        attack="apgd-ce:num_steps=10",
+        claimed="+15.2 points",
+        at_least=15.2,
+    ),
+    Claim(
+        text="more accurate under FGSM than standard adversarial training",
+        ours="gfa_literal",
+        baseline="pgd10_at",
+        attack="fgsm",
+        claimed="+24.7 points",
+        at_least=24.7,
+    ),
+    Claim(
+        text="larger perturbations needed by DeepFool",
+        ours="gfa_literal",
+        baseline="standard",
+        attack="deepfool:variant=torchattacks",
+        measure="distance",
+        claimed="20 to 30 times",
+        at_least=20.0,
+    ),
+    Claim(
+        text="larger perturbations needed by EADEN",
+        ours="gfa_literal",
+        baseline="standard",
+        attack="ead-en:variant=torchattacks",
+        measure="distance",
+        claimed="20 to 30 times",
+        at_least=20.0,
+    ),
+    Claim(
+        text="clean accuracy kept",
+        ours="gfa_literal",
+        baseline="standard",
+        attack="clean",
+        claimed="kept",
+        at_least=-1.0,
+    ),
+)
+
+ABOUT = """
+GFA (arXiv 2511.13749) is said to train CNNs that resist attacks without adversarial examples. This
+page holds its claims against its own protocol and against the worst case over attacks that masked
+gradients do not fool. All networks are `cnn6` at half width (16 to 64 channels), trained for 10
+epochs on 20,000 images, batch 128, AdamW with one cycle; without biases, as alignment needs it,
+unless the table says otherwise. Weights of penalties rise over the first half of training, epsilon
+over the first quarter. This is far from the budgets that adversarial training is known for: compare
+rows with each other, not with published tables.
+"""
+
+
+def get_study() -> Study:
+    """Returns the study."""
+    return Study(
+        title="Does gradient-feature alignment work?",
+        about=ABOUT,
+        trials=TRIALS,
+        standard="standard",
+        protocol=Protocol(
+            num_validation_examples=1000,
+            num_test_examples=500,
+            paper_attacks="fgsm,apgd-ce:num_steps=10",
+            paper_distances="deepfool:variant=torchattacks,ead-en:variant=torchattacks",
+            honest_attacks="autoattack,apgd-tangential,apgd-feature-tangential,fab",
+        ),
+        claims=CLAIMS,
+    )

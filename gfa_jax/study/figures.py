@@ -1,0 +1,127 @@
+"""The pictures of a study's page, as PNG files: readable in any Markdown viewer."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from gfa_jax.study.records import Record
+
+Series = Mapping[str, Sequence[Record]]
+"""Tested records by the label of their trial."""
+
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+_STYLES = ("-", "--", "-.", ":")
+
+
+def accuracy_curves(series: Series) -> bytes:
+    """Returns accuracy against radius of a gradient attack and of Square, means over seeds."""
+    figure, panels = _figure(2)
+    attacks = [curve["attack"] for curve in _first(series)["test"]["curves"]]
+    epsilon = _first(series)["test"]["threat"]["epsilon"]
+    for axes, attack in zip(panels, attacks, strict=True):
+        for label, color, style, records in _styled(series):
+            curves = [
+                next(one for one in record["test"]["curves"] if one["attack"] == attack)["points"]
+                for record in records
+            ]
+            radii = [point["epsilon"] for point in curves[0] if point["epsilon"] <= 3 * epsilon]
+            means = [_mean([curve[i]["accuracy"] for curve in curves]) for i in range(len(radii))]
+            unit = 255 if epsilon < 0.5 else 1
+            axes.plot([radius * unit for radius in radii], means, style, color=color, label=label)
+        axes.axvline(epsilon * (255 if epsilon < 0.5 else 1), color="#999999", linewidth=0.8)
+        axes.set(title=attack, xlabel="radius" + (" x 255" if epsilon < 0.5 else ""))
+        axes.set_ylim(0, 1)
+    panels[0].set_ylabel("accuracy")
+    panels[-1].legend(fontsize=7, frameon=False)
+    return _png(figure)
+
+
+def distances(series: Series, specs: Sequence[str]) -> bytes:
+    """Returns how many right images each minimum-norm attack breaks within a distance."""
+    figure, panels = _figure(len(specs))
+    for axes, spec in zip(panels, specs, strict=True):
+        for label, color, style, records in _styled(series):
+            found = records[0]["test"]["minimum_norm"][spec]
+            if found["cdf"]:
+                axes.plot(*zip(*found["cdf"], strict=True), style, color=color, label=label)
+        axes.set(title=spec, xlabel=f"distance ({found['norm']})", xscale="log")
+        axes.set_ylim(0, 1)
+    panels[0].set_ylabel("share of right images broken")
+    panels[-1].legend(fontsize=7, frameon=False)
+    return _png(figure)
+
+
+def alignment_and_robustness(series: Series) -> bytes:
+    """Returns alignment at the input against worst-case accuracy, a dot for each trained model."""
+    figure, (left, right) = _figure(2)
+    for label, color, style, records in _styled(series):
+        del style
+        for number, record in enumerate(records):
+            test = record["test"]
+            layers = list(test["layers"])
+            inner = [test["layers"][layer]["alignment_mean"] for layer in layers[1:]]
+            worst = test["robust_accuracy"]["worst_case"]
+            name = label if number == 0 else None
+            left.plot(test["layers"][layers[0]]["alignment_mean"], worst, "o", color=color)
+            if inner:
+                right.plot(_mean(inner), worst, "o", color=color, label=name)
+    left.set(xlabel="mean alignment at the input", ylabel="worst-case accuracy")
+    right.set(xlabel="mean alignment of hidden layers")
+    right.legend(fontsize=7, frameon=False)
+    return _png(figure)
+
+
+def tangential_shares(series: Series, spec: str) -> bytes:
+    """Returns the tangential share of an attack's perturbations at every layer."""
+    figure, (axes,) = _figure(1)
+    for label, color, style, records in _styled(series):
+        layers = records[0]["test"]["layers"]
+        shares = [
+            _mean(
+                [
+                    share
+                    for record in records
+                    if (share := record["test"]["layers"][layer]["tangential_shares"].get(spec))
+                    is not None
+                ]
+            )
+            for layer in layers
+        ]
+        axes.plot(list(layers), shares, style, color=color, label=label, marker=".")
+    axes.set(ylabel="tangential share of the perturbation", title=spec)
+    axes.tick_params(axis="x", rotation=30)
+    axes.legend(fontsize=7, frameon=False)
+    return _png(figure)
+
+
+def _styled(series: Series) -> list[tuple[str, str, str, Sequence[Record]]]:
+    return [
+        (label, _COLORS[i % len(_COLORS)], _STYLES[i // len(_COLORS) % len(_STYLES)], records)
+        for i, (label, records) in enumerate(series.items())
+    ]
+
+
+def _first(series: Series) -> Record:
+    return next(iter(series.values()))[0]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")
+
+
+def _figure(num_panels: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(4.2 * num_panels + 0.4, 3.4), layout="constrained")
+    made: Any = figure.subplots(1, num_panels, squeeze=False)
+    for axes in made[0]:
+        axes.grid(color="#dddddd", linewidth=0.6)
+    return figure, list(made[0])
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    # Without the version of matplotlib in it, so that equal pictures are equal files.
+    figure.savefig(file, format="png", dpi=130, metadata={"Software": None})
+    return file.getvalue()

@@ -1,0 +1,130 @@
+"""Quick judgements of trained models: what chooses among recipes, and distances as papers report.
+
+Unlike an evaluation they keep nothing on the way, and models of one architecture share their
+compiled programs.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gfa_jax import ThreatModel, attacks, data
+from gfa_jax.evaluation import loading
+from gfa_jax.evaluation.evaluate import parse_attack
+from gfa_jax.evaluation.outcomes import minimum_norm
+from gfa_jax.training.progress import Progress
+from gfa_jax.types import AttackResult
+
+_RADIUS = 0.5
+"""What an attack for the smallest perturbation is told, and does not use."""
+
+
+class Judge:
+    """Keeps compiled programs, which are found again by the identity of function and attack."""
+
+    def __init__(self) -> None:
+        """Starts without any."""
+        self._functions: dict[Any, Callable[..., Any]] = {}
+        self._attacks: dict[tuple[str, ThreatModel], Any] = {}
+
+    def accuracies(
+        self, run: loading.LoadedRun, specs: Sequence[str], batch_size: int
+    ) -> dict[str, Any]:
+        """Returns the accuracy without attack and after each, made on what those before it left.
+
+        Args:
+          run: with the examples to judge by.
+          specs: attacks as for ``eval.py``.
+          batch_size: examples attacked at once.
+        """
+        resists = self._is_right(run)
+        clean_accuracy, robust_accuracy = float(resists.mean()), {}
+        for spec in specs:
+            found = self._attack(run, spec, run.classifier.threat, resists, batch_size)
+            resists = resists & ~np.asarray(found.success)
+            robust_accuracy[spec] = float(resists.mean())
+        return {
+            "clean_accuracy": clean_accuracy,
+            "robust_accuracy": robust_accuracy,
+            **_examples(run),
+        }
+
+    def distances(
+        self, run: loading.LoadedRun, specs: Sequence[str], norm: str, batch_size: int
+    ) -> dict[str, Any]:
+        """Returns what minimum-norm attacks find for images that are right without them.
+
+        Args:
+          run: with the examples.
+          specs: attacks as for ``eval.py``.
+          norm: of the threat model and of the distances.
+          batch_size: examples attacked at once.
+        """
+        threat = ThreatModel(norm, _RADIUS)
+        right = self._is_right(run)
+        norms = {}
+        for spec in specs:
+            found = self._attack(run, spec, threat, right, batch_size)
+            outcome = {
+                "success": np.asarray(found.success),
+                "distance": np.asarray(found.distance),
+                "attacked": right,
+            }
+            norms[spec] = minimum_norm(outcome, right, norm)
+        return {"minimum_norm": norms, **_examples(run)}
+
+    def _apply(self, run: loading.LoadedRun) -> Callable[..., Any]:
+        module = run.classifier.module
+        return self._functions.setdefault(
+            module, jax.jit(lambda variables, inputs: module.apply(variables, inputs, train=False))
+        )
+
+    def _is_right(self, run: loading.LoadedRun) -> np.ndarray:
+        logits = [
+            self._apply(run)(_variables(run), data.to_float(batch["inputs"]))[batch["mask"]]
+            for batch in data.eval_batches(run.test_set, 250)
+        ]
+        predicted = np.concatenate([np.argmax(np.asarray(one), axis=1) for one in logits])
+        right: np.ndarray = predicted == run.test_set.labels
+        return right
+
+    def _attack(
+        self,
+        run: loading.LoadedRun,
+        spec: str,
+        threat: ThreatModel,
+        active: np.ndarray,
+        batch_size: int,
+    ) -> AttackResult:
+        name, options = parse_attack(spec)
+        attack = self._attacks.setdefault((spec, threat), attacks.create(name, threat, **options))
+        progress = Progress(spec, int(active.sum()))
+        try:
+            with jax.default_matmul_precision("highest"):
+                return attacks.attack_in_batches(
+                    attack,
+                    self._apply(run),
+                    _variables(run),
+                    attacks.example_keys(jax.random.key(0), jnp.asarray(run.test_set.ids)),
+                    np.asarray(data.to_float(run.test_set.images)),
+                    run.test_set.labels,
+                    batch_size=batch_size,
+                    active=active,
+                    on_batch=lambda text, done, todo: progress.update(done, text),
+                )
+        finally:
+            progress.close()
+
+
+def _variables(run: loading.LoadedRun) -> dict[str, Any]:
+    return {"params": run.params, **run.model_state}
+
+
+def _examples(run: loading.LoadedRun) -> dict[str, Any]:
+    return {
+        "num_examples": len(run.test_set),
+        "data": {"name": run.config.data.name, "split": run.split},
+    }

@@ -1,0 +1,336 @@
+"""The page of a study: tables and pictures from the records, and what was written beside them."""
+
+import itertools
+import math
+import pathlib
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from gfa_jax import files
+from gfa_jax.evaluation import diagnostics, intervals
+from gfa_jax.study import figures, plan, records
+from gfa_jax.study.records import Record
+
+Gathered = Mapping[str, Sequence[Record]]
+"""Records by trial, in the order of the study; trials without any are there, too."""
+
+WORST = "worst_case"
+
+
+def gather(study: plan.Study, folder: pathlib.Path) -> dict[str, list[Record]]:
+    """Reads the records of a study.
+
+    Raises:
+      ValueError: for a damaged record, or one of another recipe.
+    """
+    gathered: dict[str, list[Record]] = {}
+    for name, trial in study.trials.items():
+        found = [
+            records.read(records.path_of(folder, name, seed), trial.at(seed))
+            for seed in trial.seeds
+        ]
+        gathered[name] = [record for record in found if record]
+    return gathered
+
+
+def write(study: plan.Study, gathered: Gathered, target: pathlib.Path, command: str) -> None:
+    """Writes the page and its pictures.
+
+    Args:
+      study: what was to be done.
+      gathered: what was done.
+      target: the page; pictures lie in the folder of its stem.
+      command: that writes it.
+    """
+    pictures = _pictures(study, gathered)
+    folder = target.with_suffix("")
+    for name, content in pictures.items():
+        files.write_bytes(folder / f"{name}.png", content)
+    page = render(
+        study, gathered, command, {name: f"{folder.name}/{name}.png" for name in pictures}
+    )
+    files.write_bytes(target, page.encode())
+
+
+def render(study: plan.Study, gathered: Gathered, command: str, pictures: Mapping[str, str]) -> str:
+    """Returns the page as Markdown.
+
+    Args:
+      study: what was to be done.
+      gathered: what was done.
+      command: that writes it.
+      pictures: addresses by name.
+    """
+    parts = [f"# {study.title}", study.about.strip(), f"    {command}"]
+    parts.append(f"That command wrote this page from the records. {_environment(gathered)}".strip())
+    if study.conclusions:
+        parts += ["## What came out", study.conclusions.strip()]
+    tested = _with(gathered, "test")
+    if tested:
+        if study.claims:
+            parts += ["## The claims", *_claims(study, tested)]
+        parts += ["## Both protocols side by side", *_tested_table(study, tested)]
+        parts += [
+            f"![{text}]({pictures[name]})" for name, text in _CAPTIONS.items() if name in pictures
+        ]
+    parts += ["## The search", *_search_table(study, gathered)]
+    missing = [
+        f"`{name}`, seed {seed}"
+        for name, trial in study.trials.items()
+        for seed in trial.seeds
+        if not any(_is_whole(record, study, name, seed) for record in gathered[name])
+    ]
+    if missing:
+        parts += ["## Not run yet", "; ".join(missing) + "."]
+    return "\n\n".join(parts) + "\n"
+
+
+_CAPTIONS = {
+    "curves": "Accuracy against the radius of an attack with gradients and one without",
+    "distances": "Share of right images that a minimum-norm attack breaks within a distance",
+    "alignment": "Alignment against worst-case accuracy, a dot for each trained model",
+    "shares": "Tangential share of perturbations at every layer",
+}
+
+
+def _pictures(study: plan.Study, gathered: Gathered) -> dict[str, bytes]:
+    tested = {study.trials[name].label: found for name, found in _with(gathered, "test").items()}
+    if not tested:
+        return {}
+    one = next(iter(tested.values()))[0]["test"]
+    pictures = {
+        "curves": figures.accuracy_curves(tested),
+        "alignment": figures.alignment_and_robustness(tested),
+    }
+    if one["minimum_norm"]:
+        pictures["distances"] = figures.distances(tested, list(one["minimum_norm"]))
+    spec = plan.attacks_of(study.protocol)["honest"][0]
+    if all(spec in layer["tangential_shares"] for layer in one["layers"].values()):
+        pictures["shares"] = figures.tangential_shares(tested, spec)
+    return pictures
+
+
+def _with(gathered: Gathered, stage: str) -> dict[str, list[Record]]:
+    """Returns the trials that have an evaluation, with the records that have it."""
+    found = {
+        name: [record for record in some if stage in record] for name, some in gathered.items()
+    }
+    return {name: some for name, some in found.items() if some}
+
+
+def _is_whole(record: Record, study: plan.Study, name: str, seed: int) -> bool:
+    stages = plan.stages(study.trials[name], study.protocol)
+    is_done = bool(record.get("failure")) or all(stage in record for stage in stages)
+    return record["seed"] == seed and is_done
+
+
+def _environment(gathered: Gathered) -> str:
+    """Returns which versions and devices trained and judged."""
+    seen = dict.fromkeys(
+        f"jax {record['environment']['jax']}, Python {record['environment']['python']}, "
+        f"{record['environment']['devices']}"
+        for some in gathered.values()
+        for record in some
+        if "environment" in record
+    )
+    return f"Trained and judged with {'; '.join(seen)}." if seen else ""
+
+
+def _tested_table(study: plan.Study, tested: Gathered) -> list[str]:
+    specs = plan.attacks_of(study.protocol)
+    standard = tested.get(study.standard)
+    header = ["training", "seeds", "time", "FLOPs", "clean"]
+    header += [_title(spec) for spec in specs["paper"]]
+    header += [f"{_title(spec)}, {study.protocol.distance_norm}" for spec in specs["distances"]]
+    header += [_title(spec) for spec in specs["honest"]]
+    header += ["**worst case**", "diagnostics that fail"]
+    rows = []
+    for name, some in tested.items():
+        tests = [record["test"] for record in some]
+        cells = [study.trials[name].label, str(len(some)), *_costs(some, standard)]
+        cells.append(_accuracy([one["clean_accuracy"] for one in tests], tests))
+        cells += [
+            _accuracy([one["robust_accuracy"][spec] for one in tests], tests)
+            for spec in specs["paper"]
+        ]
+        cells += [_distance(some, standard, spec) for spec in specs["distances"]]
+        cells += [
+            _accuracy([one["robust_accuracy"][spec] for one in tests], tests)
+            for spec in (*specs["honest"], WORST)
+        ]
+        cells[-1] = f"**{cells[-1]}**"
+        cells.append(_failing(tests))
+        rows.append(cells)
+    one = next(iter(tested.values()))[0]["test"]
+    threat = one["threat"]
+    note = (
+        f"On the first {one['num_examples']} test images of {one['data']['name']}, "
+        f"{threat['norm']}, epsilon {_radius(threat['epsilon'])}. Accuracies in %: of one seed "
+        "with the 95 % interval over images, of several the mean +- standard deviation over seeds. "
+        f"Paper's protocol: {_listed([*specs['paper'], *specs['distances']])}; of attacks that "
+        "look for the smallest perturbation, the mean norm over images where they succeeded, as "
+        "such papers report, its multiple of standard training's, and how often they succeeded "
+        "where that is not always. Honest protocol: "
+        f"{_listed(specs['honest'])}. The worst case is over all attacks. Time: of training, as a "
+        "multiple of standard training's (trainings may have shared the machine); FLOPs likewise, "
+        "of products and convolutions as this backend makes them. Diagnostics in bold make the "
+        "accuracies upper bounds."
+    )
+    return [_table(header, rows), note]
+
+
+def _search_table(study: plan.Study, gathered: Gathered) -> list[str]:
+    specs = plan.attacks_of(study.protocol)["validation"]
+    standard = gathered.get(study.standard)
+    header = ["trial", "why", "seeds", "time", "FLOPs", "clean"]
+    header += [_title(spec) for spec in specs]
+    header.append("what came of it")
+    rows = []
+    for name, trial in study.trials.items():
+        some = gathered[name]
+        if not some:
+            continue
+        judged = [record["validation"] for record in some if "validation" in record]
+        cells = [f"`{name}`: {trial.label}", trial.hypothesis or "baseline", str(len(some))]
+        cells += _costs(some, standard)
+        if judged:
+            cells.append(_accuracy([one["clean_accuracy"] for one in judged], judged))
+            cells += [
+                _accuracy([one["robust_accuracy"][spec] for one in judged], judged)
+                for spec in specs
+            ]
+        else:
+            cells += ["-"] * (1 + len(specs))
+        failures = dict.fromkeys(record["failure"] for record in some if record.get("failure"))
+        cells.append(" ".join([*(f"Training stopped: {text}" for text in failures), trial.outcome]))
+        rows.append(cells)
+    if not rows:
+        return ["No trial has a record yet."]
+    every = [one for one in itertools.chain(*gathered.values()) if "validation" in one]
+    note = (
+        "Judged on images that were held out of training"
+        + (f", the first {every[0]['validation']['num_examples']} of them" if every else "")
+        + "; test images chose nothing. Attacks follow one another on what is left, so that each "
+        f"column is the worst case so far: {_listed(specs)}."
+    )
+    return [_table(header, rows), note]
+
+
+def _claims(study: plan.Study, tested: Gathered) -> list[str]:
+    header = ["claim", "claimed", "measured so", "reproduced", "worst case, ours and baseline"]
+    rows = []
+    for claim in study.claims:
+        ours, baseline = tested.get(claim.ours, []), tested.get(claim.baseline, [])
+        if not ours or not baseline:
+            rows.append([claim.text, claim.claimed, "not measured yet", "-", "-"])
+            continue
+        if claim.measure == "distance":
+            value = _mean_distance(ours, claim.attack) / _mean_distance(baseline, claim.attack)
+            measured = "nothing found" if math.isnan(value) else f"{value:.1f} times"
+        else:
+            both = [100 * _mean_accuracy(some, claim.attack) for some in (ours, baseline)]
+            value = both[0] - both[1]
+            measured = f"{value:+.1f} points ({both[0]:.1f} against {both[1]:.1f})"
+        worst = [100 * _mean_accuracy(some, WORST) for some in (ours, baseline)]
+        rows.append(
+            [
+                f"{claim.text} ({study.trials[claim.ours].label} against "
+                f"{study.trials[claim.baseline].label}, `{claim.attack}`)",
+                claim.claimed,
+                measured,
+                "yes" if value >= claim.at_least else "no",
+                f"{worst[0]:.1f} and {worst[1]:.1f}",
+            ]
+        )
+    return [_table(header, rows)]
+
+
+def _mean_accuracy(some: Sequence[Record], attack: str) -> float:
+    if attack == "clean":
+        return statistics.mean(record["test"]["clean_accuracy"] for record in some)
+    return statistics.mean(record["test"]["robust_accuracy"][attack] for record in some)
+
+
+def _mean_distance(some: Sequence[Record], spec: str) -> float:
+    """Returns the mean distance of successes, the mean over seeds; NaN where there is none."""
+    values = [
+        value
+        for record in some
+        if "distances" in record
+        and (value := record["distances"]["minimum_norm"][spec]["mean_of_successes"]) is not None
+    ]
+    return statistics.mean(values) if values else float("nan")
+
+
+def _distance(some: Sequence[Record], standard: Sequence[Record] | None, spec: str) -> str:
+    value = _mean_distance(some, spec)
+    if math.isnan(value):
+        return "-"
+    rates = [record["distances"]["minimum_norm"][spec]["success_rate"] for record in some]
+    text = f"{value:.3g}"
+    if standard:
+        text += f" ({value / _mean_distance(standard, spec):.1f}x)"
+    if min(rates) < 1:
+        text += f", {100 * statistics.mean(rates):.0f} % found"
+    return text
+
+
+def _costs(some: Sequence[Record], standard: Sequence[Record] | None) -> list[str]:
+    """Returns time and operations of a training, as multiples of the standard one's."""
+
+    def mean(found: Sequence[Record], what: str) -> float | None:
+        values = [
+            record["training"]["seconds"]
+            if what == "seconds"
+            else record["step_flops"] * record["config"]["train_steps"]
+            for record in found
+            if "training" in record
+        ]
+        return statistics.mean(values) if values else None
+
+    cells = []
+    for what in ("seconds", "flops"):
+        value, unit = mean(some, what), mean(standard or [], what)
+        cells.append(f"{value / unit:.2f}" if value is not None and unit else "-")
+    return cells
+
+
+def _accuracy(values: Sequence[float], evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """Returns an accuracy in % with its uncertainty."""
+    mean = 100 * statistics.mean(values)
+    if len(values) > 1:
+        return f"{mean:.1f} +- {100 * statistics.stdev(values):.1f}"
+    size = evaluations[0]["num_examples"]
+    low, high = intervals.wilson(round(values[0] * size), size)
+    return f"{mean:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+
+
+def _failing(tests: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the diagnostics that fail in any seed; those that invalidate the attacks in bold."""
+    failing = dict.fromkeys(
+        entry["id"] for one in tests for entry in one["diagnostics"] if entry["status"] == "FAIL"
+    )
+    return ", ".join(
+        f"**{name}**" if name in diagnostics.INVALIDATING else name for name in failing
+    )
+
+
+def _title(spec: str) -> str:
+    name, *options = spec.split(":")
+    steps = next((part[10:] for part in options if part.startswith("num_steps=")), "")
+    return f"{name}-{steps}" if steps else name
+
+
+def _listed(specs: Sequence[str]) -> str:
+    return ", ".join(f"`{spec}`" for spec in specs)
+
+
+def _radius(epsilon: float) -> str:
+    return f"{epsilon * 255:.4g}/255" if epsilon < 0.5 else f"{epsilon:g}"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
+    return "\n".join(lines)

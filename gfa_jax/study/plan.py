@@ -1,0 +1,181 @@
+"""What a study is: recipes with the question that each answers, and how they are judged."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+
+from gfa_jax import _modules, _validate, cli, norms
+from gfa_jax import config as config_lib
+from gfa_jax.config import TrainConfig
+from gfa_jax.evaluation.evaluate import parse_attack
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A recipe, and why it is tried."""
+
+    config: TrainConfig
+    """Its seed is replaced by those of ``seeds``."""
+    label: str
+    """In tables."""
+    hypothesis: str = ""
+    """What the search tries it for; empty for a baseline."""
+    outcome: str = ""
+    """What came of it, written once it is known."""
+    seeds: tuple[int, ...] = (0,)
+    """Trainings, each judged on the validation split."""
+    is_tested: bool = False
+    """Whether it is judged on test images too: decided before they are looked at."""
+
+    def at(self, seed: int) -> TrainConfig:
+        """Returns the recipe with a seed."""
+        return dataclasses.replace(self.config, seed=seed)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How trained models are judged: attacks as for ``eval.py``, separated by commas."""
+
+    num_validation_examples: int = 500
+    """Images that choose among recipes."""
+    validation_attacks: str = "apgd-ce:num_steps=30,apgd-dlr:num_steps=30,square:num_queries=300"
+    """Made one after another on what is left."""
+    num_test_examples: int = 500
+    """Images that results are of."""
+    paper_attacks: str = ""
+    """Those of a paper's protocol within epsilon, each on all images."""
+    paper_distances: str = ""
+    """Its attacks that look for the smallest perturbation in ``distance_norm``."""
+    distance_norm: str = "l2"
+    """``linf``, ``l2`` or ``l1``."""
+    honest_attacks: str = "autoattack"
+    """Those of the honest protocol; the worst case is over these and ``paper_attacks``."""
+    diagnostics: str = "quick"
+    """Of the evaluation on test images: ``off``, ``quick`` or ``full``."""
+    batch_size: int = 250
+    """Examples attacked at once."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A published claim that two trials put to the test: how far one is ahead of the other."""
+
+    text: str
+    """As it was made."""
+    ours: str
+    """The trial that stands for the method."""
+    baseline: str
+    """The trial that it is compared with."""
+    attack: str
+    """One of the protocol's attacks, or ``clean``."""
+    measure: str = "accuracy"
+    """``accuracy`` (a difference in points), or ``distance`` (a ratio of mean distances of what the
+    attack finds, as such papers report)."""
+    claimed: str
+    """The figure claimed, with its unit."""
+    at_least: float
+    """What counts as reproduced: points, or a ratio."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """Recipes, how they are judged, and what is to be said around the tables."""
+
+    title: str
+    about: str
+    """Markdown: the question, the data and the budget."""
+    trials: Mapping[str, Trial]
+    """By a name that serves as a folder's."""
+    standard: str
+    """The trial whose cost and distances are 1."""
+    protocol: Protocol = Protocol()
+    claims: tuple[Claim, ...] = ()
+    conclusions: str = ""
+    """Markdown: what follows from the tables, once it does."""
+
+
+def attacks_of(protocol: Protocol) -> dict[str, list[str]]:
+    """Returns the specs of attacks by the name of their protocol."""
+    return {
+        "validation": cli.split_names(protocol.validation_attacks),
+        "paper": cli.split_names(protocol.paper_attacks),
+        "distances": cli.split_names(protocol.paper_distances),
+        "honest": cli.split_names(protocol.honest_attacks),
+    }
+
+
+def stages(trial: Trial, protocol: Protocol) -> list[str]:
+    """Returns the evaluations that a trial needs, in order."""
+    if not trial.is_tested:
+        return ["validation"]
+    return ["validation", "test", *(["distances"] if protocol.paper_distances else [])]
+
+
+def validate(study: Study) -> None:
+    """Checks a study before anything is trained.
+
+    Raises:
+      ValueError: naming the field, the value and what would be valid.
+    """
+    if not study.trials:
+        raise ValueError("study.trials is empty: a study needs recipes.")
+    for name, trial in study.trials.items():
+        where = f"study.trials[{name!r}]"
+        if not name.replace("-", "").replace("_", "").isalnum():
+            raise ValueError(f"{where}: a name has letters, digits, - and _ only.")
+        if not trial.seeds or len(set(trial.seeds)) != len(trial.seeds):
+            raise ValueError(
+                f"{where}.seeds={trial.seeds} must be different numbers, at least one."
+            )
+        _validate.non_negative(**{f"{where}.seeds": min(trial.seeds)})
+        if not trial.config.data.num_validation:
+            raise ValueError(
+                f"{where}.config.data.num_validation=0: without a validation split, recipes would "
+                "be chosen by test images."
+            )
+        try:
+            config_lib.validate(trial.config)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    specs = attacks_of(study.protocol)
+    for kind, names in specs.items():
+        if not names and kind in ("validation", "honest"):
+            raise ValueError(f"study.protocol.{kind}_attacks is empty.")
+        for spec in names:
+            parse_attack(spec)
+    _validate.one_of(norms.DUALS, **{"study.protocol.distance_norm": study.protocol.distance_norm})
+    _validate.one_of(study.trials, **{"study.standard": study.standard})
+    for claim in study.claims:
+        for field in ("ours", "baseline"):
+            _validate.one_of(study.trials, **{f"claim.{field}": getattr(claim, field)})
+            if not study.trials[getattr(claim, field)].is_tested:
+                raise ValueError(
+                    f"claim.{field}={getattr(claim, field)!r} is a trial that is not tested."
+                )
+        _validate.one_of(("accuracy", "distance"), **{"claim.measure": claim.measure})
+        known = ("clean", *specs["paper"], *specs["honest"])
+        if claim.measure == "distance":
+            known = tuple(specs["distances"])
+        _validate.one_of(known, **{"claim.attack": claim.attack})
+
+
+def load_study(path: str) -> Study:
+    """Returns ``get_study()`` of a Python file, checked.
+
+    Raises:
+      FileNotFoundError: for a missing file.
+      ValueError: for a file without ``get_study()``, or a study that does not fit.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"study={path!r} does not exist.")
+    module = _modules.run_module(file, f"gfa_jax_study_{file.stem}")
+    if not hasattr(module, "get_study"):
+        raise ValueError(f"study={path!r} has no get_study().")
+    study = module.get_study()
+    if not isinstance(study, Study):
+        raise ValueError(
+            f"get_study() of {path!r} returns {type(study).__name__}, not gfa_jax.study.Study."
+        )
+    validate(study)
+    return study

@@ -1,0 +1,89 @@
+"""What is kept of each trained model: one small JSON file, from which pages are written.
+
+A record outlives the run's folder with its weights, so that a study goes on in another place.
+"""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from gfa_jax import config as config_lib
+from gfa_jax import files
+from gfa_jax.config import TrainConfig
+
+Record = dict[str, Any]
+
+_CURVE_POINTS = 21
+"""Of a distribution of distances."""
+
+
+def path_of(folder: pathlib.Path, name: str, seed: int) -> pathlib.Path:
+    """Returns where the record of a trial's seed lies."""
+    return folder / f"{name}-seed{seed}.json"
+
+
+def read(path: pathlib.Path, config: TrainConfig) -> Record:
+    """Reads a record; an empty one where there is none.
+
+    Raises:
+      ValueError: for a damaged record, or one of another recipe, with the fields that differ.
+    """
+    if not path.exists():
+        return {}
+    record = files.read_json(path)
+    if not isinstance(record.get("config"), dict):
+        raise ValueError(f"{str(path)!r} is damaged: it holds no config.")
+    # Fields that came after it have their defaults.
+    before = config_lib.to_dict(config_lib.from_dict(record["config"]))
+    if changed := config_lib.differences(before, config_lib.to_dict(config)):
+        raise ValueError(
+            f"{str(path)!r} is the record of another recipe:\n  "
+            + "\n  ".join(changed)
+            + "\nGive the trial another name, or take the record away."
+        )
+    return record
+
+
+def portable(config: TrainConfig) -> dict[str, Any]:
+    """Returns the recipe without where the data lies."""
+    values = config_lib.to_dict(config)
+    values["data"] = {**values["data"], "data_dir": None}
+    return values
+
+
+def summary(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a page needs of ``results.json``.
+
+    Args:
+      results: of an evaluation.
+    """
+    kept = {
+        name: results[name]
+        for name in (
+            *("clean_accuracy", "robust_accuracy", "num_examples", "data", "threat", "mode"),
+            *("curves", "versions", "seconds"),
+        )
+    }
+    kept["minimum_norm"] = {
+        spec: {**found, "cdf": _thinned(found["cdf"])}
+        for spec, found in results["minimum_norm"].items()
+    }
+    kept["layers"] = {
+        layer: {
+            name: values[name]
+            for name in ("alignment_mean", "radial_degree_median", "tangential_shares")
+        }
+        for layer, values in results["layers"].items()
+    }
+    kept["diagnostics"] = [
+        {name: entry[name] for name in ("id", "status", "value")}
+        for entry in results["diagnostics"]
+    ]
+    return kept
+
+
+def _thinned(points: list[Any]) -> list[Any]:
+    if len(points) <= _CURVE_POINTS:
+        return points
+    last = len(points) - 1
+    return [points[round(i * last / (_CURVE_POINTS - 1))] for i in range(_CURVE_POINTS)]

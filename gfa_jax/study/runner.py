@@ -1,0 +1,174 @@
+"""Works through a study: trains, judges, records, and writes the page."""
+
+import contextlib
+import dataclasses
+import fcntl
+import pathlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from gfa_jax import _validate, cli, files
+from gfa_jax.evaluation import evaluate, loading
+from gfa_jax.study import judge as judge_lib
+from gfa_jax.study import page, plan, records
+from gfa_jax.training import dry_run, guards, loop, run_folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Flags of a study."""
+
+    study: str
+    """File whose get_study() returns the study, such as configs/study/cifar10.py."""
+    data_dir: str | None = None
+    """Where prepared data sets lie."""
+    out: str = "runs/study"
+    """Folder of the runs with their weights; needed only while a study is worked through."""
+    records: str = ""
+    """Folder of the records, from which the page is written; OUT/records by default."""
+    page: str = ""
+    """The page; OUT/study.md by default. Its pictures lie in a folder of the same stem."""
+    trials: str = ""
+    """Names of trials to work through, separated by commas; all by default."""
+    max_seeds: int | None = None
+    """At most so many seeds of each trial."""
+    write_only: bool = False
+    """Write the page from the records there are, and train nothing."""
+
+
+def run(flags: Flags, command: str) -> None:
+    """Trains and judges what has no record, and writes the page.
+
+    Each record is written as soon as a stage is done, and never changed in what it has. Trials that
+    another process works on are passed over.
+
+    Args:
+      flags: see ``Flags``.
+      command: quoted in the page.
+
+    Raises:
+      ValueError: for a study or flags that do not fit, or records of other recipes, before
+        anything is trained.
+      FileNotFoundError: for a missing study or data set.
+    """
+    study = plan.load_study(flags.study)
+    chosen = cli.split_names(flags.trials) or list(study.trials)
+    for name in chosen:
+        _validate.one_of(study.trials, trials=name)
+    if flags.max_seeds is not None:
+        _validate.positive_integer(max_seeds=flags.max_seeds)
+    out = pathlib.Path(flags.out)
+    folder = pathlib.Path(flags.records) if flags.records else out / "records"
+    # All records are looked at before the first hour is spent.
+    page.gather(study, folder)
+    # Seeds outside, so that every trial has one before any has the next.
+    judge = judge_lib.Judge()
+    rounds = max(len(study.trials[name].seeds) for name in chosen)
+    if not flags.write_only:
+        for number in range(min(rounds, flags.max_seeds or rounds)):
+            for name in chosen:
+                seeds = study.trials[name].seeds
+                if number < len(seeds):
+                    _work(study, name, seeds[number], out, folder, flags.data_dir, judge)
+    target = pathlib.Path(flags.page) if flags.page else out / "study.md"
+    page.write(study, page.gather(study, folder), target, command)
+    print(f"written: {target}", file=sys.stderr)
+
+
+def _work(
+    study: plan.Study,
+    name: str,
+    seed: int,
+    out: pathlib.Path,
+    folder: pathlib.Path,
+    data_dir: str | None,
+    judge: judge_lib.Judge,
+) -> None:
+    """Does what is missing for one seed of a trial, unless another process is at it."""
+    trial, protocol = study.trials[name], study.protocol
+    config = trial.at(seed)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=data_dir))
+    path = records.path_of(folder, name, seed)
+    workdir = out / f"{name}-seed{seed}"
+    with _alone(workdir) as is_mine:
+        if not is_mine:
+            print(f"== {name}, seed {seed}: another process is at it", file=sys.stderr)
+            return
+        record = records.read(path, config)
+        stages = _missing(record, trial, protocol)
+        if not stages:
+            return
+        print(f"== {name}, seed {seed}: {', '.join(stages)}", file=sys.stderr, flush=True)
+        record |= {"trial": name, "seed": seed, "config": records.portable(config)}
+        try:
+            started = time.monotonic()
+            loop.train_and_evaluate(config, workdir)
+            print(f"   trained in {time.monotonic() - started:.0f} s", file=sys.stderr)
+        except guards.TrainingFailedError as error:
+            record["failure"] = str(error)
+            files.write_json(path, record)
+            return
+        run = loading.load_run(workdir, data_dir=data_dir, num_examples=1)
+        if run.step < config.train_steps:
+            raise SystemExit("stopped; the same command goes on.")
+        record["training"] = dict(run.training)
+        record["environment"] = run_folder.versions()
+        record["step_flops"] = dry_run.step_flops(config)
+        for stage in stages:
+            record[stage] = _judge(stage, judge, protocol, workdir, data_dir)
+            files.write_json(path, record)
+
+
+def _judge(
+    stage: str,
+    judge: judge_lib.Judge,
+    protocol: plan.Protocol,
+    workdir: pathlib.Path,
+    data_dir: str | None,
+) -> dict[str, Any]:
+    """Returns what a page needs to know of a trained model."""
+    specs = plan.attacks_of(protocol)
+    if stage == "test":
+        flags = evaluate.EvalFlags(
+            str(workdir),
+            attacks=",".join(dict.fromkeys([*specs["paper"], *specs["honest"]])),
+            num_examples=protocol.num_test_examples,
+            batch_size=protocol.batch_size,
+            diagnostics=protocol.diagnostics,
+            data_dir=data_dir,
+        )
+        return records.summary(evaluate.evaluate(flags))
+    is_validation = stage == "validation"
+    run = loading.load_run(
+        workdir,
+        split="validation" if is_validation else "test",
+        num_examples=(
+            protocol.num_validation_examples if is_validation else protocol.num_test_examples
+        ),
+        data_dir=data_dir,
+    )
+    if is_validation:
+        return judge.accuracies(run, specs["validation"], protocol.batch_size)
+    return judge.distances(run, specs["distances"], protocol.distance_norm, protocol.batch_size)
+
+
+def _missing(record: records.Record, trial: plan.Trial, protocol: plan.Protocol) -> list[str]:
+    """Returns the evaluations that are to be made."""
+    if record.get("failure"):
+        return []
+    return [stage for stage in plan.stages(trial, protocol) if stage not in record]
+
+
+@contextlib.contextmanager
+def _alone(workdir: pathlib.Path) -> Iterator[bool]:
+    """Says whether nobody else works on this run; the lock dies with its process."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / ".study-lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True

@@ -1,0 +1,402 @@
+"""A study end to end on a tiny network: records, resuming, sharing, refusals, and the page."""
+
+import dataclasses
+import fcntl
+import json
+import textwrap
+
+import pytest
+
+from configs import smoke
+from gfa_jax.config import GFAConfig
+from gfa_jax.evaluation import evaluate
+from gfa_jax.study import Claim, Protocol, Study, Trial, load_study, page, plan, records, runner
+from gfa_jax.training import guards, loop
+
+COMMAND = "python -m gfa_jax.study --study tiny.py"
+PROTOCOL = Protocol(
+    num_validation_examples=24,
+    validation_attacks="fgsm,pgd:num_steps=2",
+    num_test_examples=24,
+    paper_attacks="fgsm",
+    paper_distances="deepfool:num_steps=20",
+    honest_attacks="pgd-margin:num_steps=3",
+    diagnostics="off",
+    batch_size=12,
+)
+
+
+def tiny(**parts):
+    base = smoke.get_config()
+    return dataclasses.replace(
+        base,
+        train_steps=12,
+        loop=dataclasses.replace(base.loop, eval_every=0, eval_attack_steps=0),
+        **parts,
+    )
+
+
+def tiny_study(**parts):
+    trials = {
+        "standard": Trial(
+            label="plain", config=tiny(gfa=GFAConfig()), seeds=(0, 3), is_tested=True
+        ),
+        "gfa": Trial(
+            label="aligned",
+            config=tiny(gfa=GFAConfig(weight=1.0)),
+            hypothesis="alignment defends",
+            outcome="too short to tell",
+            is_tested=True,
+        ),
+        "searched": Trial(
+            label="aligned less", config=tiny(gfa=GFAConfig(weight=0.1)), hypothesis="less is more"
+        ),
+    }
+    claims = (
+        Claim(
+            text="defends against FGSM",
+            ours="gfa",
+            baseline="standard",
+            attack="fgsm",
+            claimed="+99 points",
+            at_least=99.0,
+        ),
+        Claim(
+            text="farther away",
+            ours="gfa",
+            baseline="standard",
+            attack="deepfool:num_steps=20",
+            measure="distance",
+            claimed="0 times",
+            at_least=0.0,
+        ),
+    )
+    study = Study(
+        title="Tiny", about="Of digits.", trials=trials, standard="standard", protocol=PROTOCOL
+    )
+    return dataclasses.replace(study, claims=claims, **parts)
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """Makes a study the one that the runner loads."""
+
+    def use(study):
+        plan.validate(study)
+        monkeypatch.setattr(plan, "load_study", lambda path: study)
+
+    return use
+
+
+@pytest.fixture(scope="module")
+def worked(tmp_path_factory):
+    """A study that is worked through."""
+    out = tmp_path_factory.mktemp("study")
+    made, evaluate_really = {}, evaluate.evaluate
+
+    def evaluate_once(flags):
+        """The evaluation of the first model, also for the others: it takes long to compile."""
+        if not made:
+            made["results"] = evaluate_really(flags)
+        return made["results"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "load_study", lambda path: tiny_study())
+        patch.setattr(runner.evaluate, "evaluate", evaluate_once)
+        runner.run(runner.Flags("tiny.py", out=str(out)), COMMAND)
+    return out
+
+
+def test_every_seed_has_a_record_of_what_was_measured(worked):
+    names = ("standard-seed0", "standard-seed3", "gfa-seed0", "searched-seed0")
+    assert {path.stem for path in (worked / "records").iterdir()} == set(names)
+    for name in names:
+        record = json.loads((worked / "records" / f"{name}.json").read_text())
+        judged = record["validation"]
+        assert judged["data"] == {"name": "digits", "split": "validation"}
+        after_fgsm, after_both = judged["robust_accuracy"].values()
+        assert after_both <= after_fgsm <= judged["clean_accuracy"]
+        assert record["config"]["data"]["data_dir"] is None
+        assert record["training"]["steps"] == 12
+        assert record["step_flops"] > 0
+        is_tested = not name.startswith("searched")
+        assert ("test" in record) == ("distances" in record) == is_tested
+        if is_tested:
+            (found,) = record["distances"]["minimum_norm"].values()
+            assert found["norm"] == "l2"
+            assert found["num_examples"] <= 24
+    tested = json.loads((worked / "standard-seed0" / "eval" / "results.json").read_text())
+    first = json.loads((worked / "records" / "standard-seed0.json").read_text())
+    assert first["test"]["robust_accuracy"] == tested["robust_accuracy"]
+    assert set(tested["robust_accuracy"]) == {"fgsm", "pgd-margin:num_steps=3", "worst_case"}
+    other = json.loads((worked / "records" / "standard-seed3.json").read_text())
+    assert other["config"]["seed"] == 3
+
+
+def test_the_page_has_what_the_records_have(worked):
+    text = (worked / "study.md").read_text()
+    record = json.loads((worked / "records" / "gfa-seed0.json").read_text())
+    worst = 100 * record["test"]["robust_accuracy"]["worst_case"]
+    (row,) = [line for line in text.splitlines() if line.startswith("| aligned |")]
+    assert f"**{worst:.1f} (" in row
+    assert f"    {COMMAND}" in text
+    assert "| plain | 2 | 1.00 | 1.00 |" in text
+    claims = [line for line in text.splitlines() if "+99 points" in line or "0 times" in line]
+    assert [line.split("|")[4].strip() for line in claims] == ["no", "yes"]
+    assert "too short to tell" in text
+    assert "Not run yet" not in text
+    for name in ("curves", "distances", "alignment"):
+        present = (worked / "study" / f"{name}.png").exists()
+        assert present == (f"study/{name}.png" in text)
+    assert (worked / "study" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_recorded_is_not_made_again(worked, use, monkeypatch, tmp_path):
+    use(tiny_study())
+    monkeypatch.setattr(loop, "train_and_evaluate", lambda *args: pytest.fail("trained again"))
+    before = (worked / "study.md").read_text()
+    # The records are enough: the weights may be gone.
+    flags = runner.Flags(
+        "tiny.py",
+        out=str(tmp_path),
+        records=str(worked / "records"),
+        page=str(tmp_path / "study.md"),
+    )
+    runner.run(flags, COMMAND)
+    assert (tmp_path / "study.md").read_text() == before
+
+
+def test_a_trial_that_fails_is_recorded_and_the_others_go_on(worked, use, monkeypatch, tmp_path):
+    use(tiny_study())
+    results = json.loads((worked / "standard-seed0" / "eval" / "results.json").read_text())
+    monkeypatch.setattr(evaluate, "evaluate", lambda flags: results)
+    train = loop.train_and_evaluate
+
+    def fail(config, workdir):
+        if config.gfa.weight == 0.1:
+            raise guards.TrainingFailedError("step 7: collapsed.")
+        return train(config, workdir)
+
+    monkeypatch.setattr(loop, "train_and_evaluate", fail)
+    flags = runner.Flags("tiny.py", out=str(tmp_path), trials="searched,gfa")
+    runner.run(flags, COMMAND)
+    text = (tmp_path / "study.md").read_text()
+    assert "Training stopped: step 7: collapsed." in text
+    assert "| aligned |" in text
+    assert "`standard`, seed 0; `standard`, seed 3." in text
+    assert "not measured yet" in text
+    monkeypatch.setattr(loop, "train_and_evaluate", lambda *args: pytest.fail("trained again"))
+    runner.run(flags, COMMAND)
+
+
+def test_a_training_that_was_stopped_is_not_judged(use, monkeypatch, tmp_path):
+    use(tiny_study())
+    train = loop.train_and_evaluate
+    monkeypatch.setattr(
+        loop, "train_and_evaluate", lambda config, workdir: train(config, workdir, stop_after=5)
+    )
+    flags = runner.Flags("tiny.py", out=str(tmp_path), trials="searched")
+    with pytest.raises(SystemExit, match="the same command goes on"):
+        runner.run(flags, COMMAND)
+    assert not (tmp_path / "records").exists()
+    monkeypatch.setattr(loop, "train_and_evaluate", train)
+    runner.run(flags, COMMAND)
+    assert json.loads((tmp_path / "records" / "searched-seed0.json").read_text())["validation"]
+
+
+def test_processes_share_a_study(use, tmp_path, capsys):
+    use(tiny_study())
+    workdir = tmp_path / "searched-seed0"
+    workdir.mkdir()
+    flags = runner.Flags("tiny.py", out=str(tmp_path), trials="searched")
+    with (workdir / ".study-lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        runner.run(flags, COMMAND)
+    assert "searched, seed 0: another process is at it" in capsys.readouterr().err
+    assert "No trial has a record yet" in (tmp_path / "study.md").read_text()
+
+
+def test_seeds_may_be_left_for_later(use, monkeypatch, tmp_path):
+    use(tiny_study())
+    seen = []
+
+    def note(config, workdir):
+        seen.append((workdir.name, config.seed))
+        raise guards.TrainingFailedError("no time")
+
+    monkeypatch.setattr(loop, "train_and_evaluate", note)
+    flags = runner.Flags("tiny.py", out=str(tmp_path), max_seeds=1)
+    runner.run(flags, COMMAND)
+    assert seen == [("standard-seed0", 0), ("gfa-seed0", 0), ("searched-seed0", 0)]
+    runner.run(dataclasses.replace(flags, max_seeds=None), COMMAND)
+    assert seen[3:] == [("standard-seed3", 3)]
+    runner.run(dataclasses.replace(flags, max_seeds=None, write_only=True), COMMAND)
+
+
+def test_records_of_another_recipe_are_refused_before_anything_is_trained(
+    worked, use, monkeypatch, tmp_path
+):
+    study = tiny_study()
+    changed = dataclasses.replace(study.trials["searched"], config=tiny(gfa=GFAConfig(weight=0.2)))
+    use(dataclasses.replace(study, trials={**study.trials, "searched": changed}))
+    monkeypatch.setattr(loop, "train_and_evaluate", lambda *args: pytest.fail("trained"))
+    flags = runner.Flags("tiny.py", out=str(tmp_path), records=str(worked / "records"))
+    with pytest.raises(ValueError, match=r"searched-seed0.json.*\n.*gfa.weight: 0.1.*0.2"):
+        runner.run(flags, COMMAND)
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_records_are_named(tmp_path):
+    path = tmp_path / "a-seed0.json"
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="a-seed0.json' is damaged: it holds no config"):
+        records.read(path, tiny())
+    path.write_text("{")
+    with pytest.raises(ValueError, match="a-seed0.json' is damaged"):
+        records.read(path, tiny())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"trials": "gfaa"}, "trials='gfaa' is not one of.*Did you mean 'gfa'"),
+        ({"max_seeds": 0}, "max_seeds=0"),
+    ],
+)
+def test_bad_flags_are_refused(use, tmp_path, flags, message):
+    use(tiny_study())
+    with pytest.raises(ValueError, match=message):
+        runner.run(runner.Flags("tiny.py", out=str(tmp_path), **flags), COMMAND)
+
+
+def changed(study, name, **fields):
+    trial = dataclasses.replace(study.trials[name], **fields)
+    return dataclasses.replace(study, trials={**study.trials, name: trial})
+
+
+def claim(study, **fields):
+    return dataclasses.replace(study, claims=(dataclasses.replace(study.claims[0], **fields),))
+
+
+def protocol(study, **fields):
+    return dataclasses.replace(study, protocol=dataclasses.replace(study.protocol, **fields))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda study: dataclasses.replace(study, trials={}), "study.trials is empty"),
+        (lambda study: dataclasses.replace(study, standard="plain"), "study.standard='plain'"),
+        (
+            lambda study: dataclasses.replace(
+                study, trials={**study.trials, "a/b": study.trials["gfa"]}
+            ),
+            r"study.trials\['a/b'\]: a name has letters",
+        ),
+        (lambda study: changed(study, "gfa", seeds=()), r"\['gfa'\].seeds=\(\)"),
+        (lambda study: changed(study, "gfa", seeds=(1, 1)), r"seeds=\(1, 1\) must be different"),
+        (
+            lambda study: changed(
+                study,
+                "gfa",
+                config=dataclasses.replace(
+                    tiny(), data=dataclasses.replace(tiny().data, num_validation=0)
+                ),
+            ),
+            "num_validation=0: without a validation split",
+        ),
+        (
+            lambda study: changed(study, "gfa", config=tiny(gfa=GFAConfig(form="logg"))),
+            r"study.trials\['gfa'\]: config.gfa.form='logg'",
+        ),
+        (lambda study: protocol(study, honest_attacks=""), "protocol.honest_attacks is empty"),
+        (lambda study: protocol(study, paper_attacks="pgdd"), "'pgdd'"),
+        (lambda study: protocol(study, distance_norm="l3"), "study.protocol.distance_norm='l3'"),
+        (lambda study: claim(study, ours="nobody"), "claim.ours='nobody'"),
+        (lambda study: claim(study, ours="searched"), "'searched' is a trial that is not tested"),
+        (lambda study: claim(study, attack="pgd"), "claim.attack='pgd'"),
+        (lambda study: claim(study, measure="distance"), "claim.attack='fgsm'"),
+        (lambda study: claim(study, measure="length"), "claim.measure='length'"),
+    ],
+)
+def test_studies_that_do_not_fit_are_refused(change, message):
+    plan.validate(tiny_study())
+    with pytest.raises(ValueError, match=message):
+        plan.validate(change(tiny_study()))
+
+
+def test_studies_are_files(tmp_path):
+    study = load_study("configs/study/cifar10.py")
+    assert study.standard in study.trials
+    with pytest.raises(FileNotFoundError, match=r"study='nowhere.py' does not exist"):
+        load_study("nowhere.py")
+    file = tmp_path / "other.py"
+    file.write_text("x = 1")
+    with pytest.raises(ValueError, match=r"has no get_study\(\)"):
+        load_study(str(file))
+    file.write_text("def get_study():\n    return 1")
+    with pytest.raises(ValueError, match="returns int, not gfa_jax.study.Study"):
+        load_study(str(file))
+
+
+def test_numbers_of_a_page_by_hand():
+    """Of records that are written out here."""
+    one = {
+        "trial": "standard",
+        "seed": 0,
+        "config": {"train_steps": 10},
+        "step_flops": 7,
+        "training": {"seconds": 2.0},
+        "test": {
+            "clean_accuracy": 0.9,
+            "robust_accuracy": {"fgsm": 0.5, "pgd-margin:num_steps=3": 0.25, "worst_case": 0.2},
+            "num_examples": 20,
+            "data": {"name": "digits"},
+            "threat": {"norm": "linf", "epsilon": 8 / 255},
+            "layers": {},
+            "curves": [],
+            "diagnostics": [
+                {"id": "D1", "status": "FAIL", "value": 1.0},
+                {"id": "D2", "status": "FAIL", "value": 1.0},
+                {"id": "D3", "status": "PASS", "value": 1.0},
+            ],
+        },
+        "distances": {
+            "minimum_norm": {
+                "deepfool:num_steps=20": {"mean_of_successes": 0.5, "success_rate": 1.0}
+            }
+        },
+    }
+    far = json.loads(json.dumps(one))
+    far |= {"trial": "gfa", "training": {"seconds": 5.0}, "step_flops": 14}
+    far["distances"]["minimum_norm"]["deepfool:num_steps=20"] = {
+        "mean_of_successes": 1.25,
+        "success_rate": 0.5,
+    }
+    second = json.loads(json.dumps(one)) | {"seed": 3}
+    second["test"]["clean_accuracy"] = 0.7
+    gathered = {"standard": [one, second], "gfa": [far], "searched": []}
+    text = page.render(tiny_study(), gathered, COMMAND, {})
+    plain, aligned = (
+        next(line for line in text.splitlines() if line.startswith(f"| {label} |"))
+        for label in ("plain", "aligned")
+    )
+    # Two seeds: mean and standard deviation. One: Wilson's interval, of 4 in 20.
+    assert "| 2 | 1.00 | 1.00 | 80.0 +- 14.1 |" in plain
+    assert "| 0.5 (1.0x) |" in plain
+    assert "| 1.25 (2.5x), 50 % found |" in aligned
+    assert "| 1 | 2.50 | 2.00 | 90.0 (69.9-97.2) |" in aligned
+    assert "**20.0 (8.1-41.6)** | **D1**, D2 |" in aligned
+    assert "epsilon 8/255" in text
+    assert "| +0.0 points (50.0 against 50.0) | no | 20.0 and 20.0 |" in text
+    assert "| 2.5 times | yes |" in text
+
+
+def test_help_and_a_missing_study(capsys):
+    from gfa_jax.study import __main__
+
+    with pytest.raises(SystemExit) as stop:
+        __main__.main(["--study", "nowhere.py"])
+    assert "study='nowhere.py' does not exist" in textwrap.dedent(
+        str(stop.value) + capsys.readouterr().err
+    )
