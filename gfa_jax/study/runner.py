@@ -34,6 +34,8 @@ class Flags:
     """Names of trials to work through, separated by commas; all by default."""
     max_seeds: int | None = None
     """At most so many seeds of each trial."""
+    validation_only: bool = False
+    """Leave test images for a later call."""
     write_only: bool = False
     """Write the page from the records there are, and train nothing."""
 
@@ -71,7 +73,7 @@ def run(flags: Flags, command: str) -> None:
             for name in chosen:
                 seeds = study.trials[name].seeds
                 if number < len(seeds):
-                    _work(study, name, seeds[number], out, folder, flags.data_dir, judge)
+                    _work(study, name, seeds[number], out, folder, flags, judge)
     target = pathlib.Path(flags.page) if flags.page else out / "study.md"
     page.write(study, page.gather(study, folder), target, command)
     print(f"written: {target}", file=sys.stderr)
@@ -83,13 +85,15 @@ def _work(
     seed: int,
     out: pathlib.Path,
     folder: pathlib.Path,
-    data_dir: str | None,
+    flags: Flags,
     judge: judge_lib.Judge,
 ) -> None:
     """Does what is missing for one seed of a trial, unless another process is at it."""
     trial, protocol = study.trials[name], study.protocol
     config = trial.at(seed)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=data_dir))
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, data_dir=flags.data_dir)
+    )
     path = records.path_of(folder, name, seed)
     workdir = out / f"{name}-seed{seed}"
     with _alone(workdir) as is_mine:
@@ -98,6 +102,8 @@ def _work(
             return
         record = records.read(path, config)
         stages = _missing(record, trial, protocol)
+        if flags.validation_only:
+            stages = [stage for stage in stages if stage == "validation"]
         if not stages:
             return
         print(f"== {name}, seed {seed}: {', '.join(stages)}", file=sys.stderr, flush=True)
@@ -110,14 +116,14 @@ def _work(
             record["failure"] = str(error)
             files.write_json(path, record)
             return
-        run = loading.load_run(workdir, data_dir=data_dir, num_examples=1)
+        run = loading.load_run(workdir, data_dir=flags.data_dir, num_examples=1)
         if run.step < config.train_steps:
             raise SystemExit("stopped; the same command goes on.")
         record["training"] = dict(run.training)
         record["environment"] = run_folder.versions()
         record["step_flops"] = dry_run.step_flops(config)
         for stage in stages:
-            record[stage] = _judge(stage, judge, protocol, workdir, data_dir)
+            record[stage] = _judge(stage, judge, protocol, workdir, flags.data_dir)
             files.write_json(path, record)
 
 

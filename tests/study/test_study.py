@@ -10,7 +10,18 @@ import pytest
 from configs import smoke
 from gfa_jax.config import GFAConfig
 from gfa_jax.evaluation import evaluate
-from gfa_jax.study import Claim, Protocol, Study, Trial, load_study, page, plan, records, runner
+from gfa_jax.study import (
+    Claim,
+    Protocol,
+    Study,
+    Trial,
+    judge,
+    load_study,
+    page,
+    plan,
+    records,
+    runner,
+)
 from gfa_jax.training import guards, loop
 
 COMMAND = "python -m gfa_jax.study --study tiny.py"
@@ -164,6 +175,20 @@ def test_what_is_recorded_is_not_made_again(worked, use, monkeypatch, tmp_path):
     )
     runner.run(flags, COMMAND)
     assert (tmp_path / "study.md").read_text() == before
+
+
+def test_test_images_may_be_left_for_later(use, monkeypatch, tmp_path):
+    use(tiny_study())
+    monkeypatch.setattr(evaluate, "evaluate", lambda flags: pytest.fail("tested"))
+    monkeypatch.setattr(judge.Judge, "distances", lambda *args: pytest.fail("tested"))
+    flags = runner.Flags("tiny.py", out=str(tmp_path), trials="gfa", validation_only=True)
+    runner.run(flags, COMMAND)
+    record = json.loads((tmp_path / "records" / "gfa-seed0.json").read_text())
+    assert "validation" in record
+    assert "`gfa`, seed 0" in (tmp_path / "study.md").read_text()
+    runner.run(flags, COMMAND)
+    with pytest.raises(pytest.fail.Exception, match="tested"):
+        runner.run(dataclasses.replace(flags, validation_only=False), COMMAND)
 
 
 def test_a_trial_that_fails_is_recorded_and_the_others_go_on(worked, use, monkeypatch, tmp_path):
