@@ -131,6 +131,11 @@ TRIALS: dict[str, Trial] = {
         seeds=_SEEDS,
         is_tested=True,
     ),
+    "gfa_input_biased": Trial(
+        label="GFA at the input, lambda 20, with biases",
+        config=_recipe(homogeneous=False, gfa=_gfa()),
+        hypothesis="Biases make a linear part that alignment does not see.",
+    ),
     "gfa_input_5": Trial(
         label="the same, lambda 5",
         config=_recipe(gfa=_gfa(weight=5.0)),

@@ -97,6 +97,62 @@ def tangential_shares(series: Series, spec: str) -> bytes:
     return _png(figure)
 
 
+def radii(series: Series) -> bytes:
+    """Returns the radius that alignment promises against the one that DeepFool finds.
+
+    On the line, what the radius identity says of a linear network is what an attack finds; below
+    it, the network bends and the attack needs less.
+    """
+    figure, (axes,) = _figure(1)
+    largest = 0.0
+    for label, color, _, records in _styled(series):
+        pairs = [
+            (linear, measured)
+            for record in records
+            for linear, measured in zip(
+                record["radii"]["linear"], record["radii"]["measured"], strict=True
+            )
+            if measured is not None
+        ]
+        if pairs:
+            axes.plot(*zip(*pairs, strict=True), ".", color=color, label=label, ms=3, alpha=0.6)
+            largest = max(largest, *(max(pair) for pair in pairs))
+    axes.plot([0, largest], [0, largest], color="#999999", linewidth=0.8)
+    axes.set(xlabel="radius that alignment promises", ylabel="radius that DeepFool finds")
+    axes.legend(fontsize=7, frameon=False, markerscale=3)
+    return _png(figure)
+
+
+def surfaces(series: Series) -> bytes:
+    """Returns the log-odds over the plane of an attack's direction and a random one."""
+    shown = {
+        label: records[0]["test"]["loss_surface"]
+        for label, records in series.items()
+        if "loss_surface" in records[0]["test"]
+    }
+    columns = min(4, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(2.7 * columns + 0.6, 2.5 * rows), layout="constrained")
+    panels: Any = figure.subplots(rows, columns, squeeze=False)
+    heights = [
+        value for surface in shown.values() for row in surface["median_log_odds"] for value in row
+    ]
+    levels = [min(heights) + i * (max(heights) - min(heights)) / 16 for i in range(17)]
+    drawn: Any = None
+    for axes, (label, surface) in zip(panels.ravel(), shown.items(), strict=False):
+        lengths = surface["lengths"]
+        drawn = axes.contourf(lengths, lengths, surface["median_log_odds"], levels, cmap="RdBu_r")
+        axes.contour(lengths, lengths, surface["median_log_odds"], [0], colors="black")
+        axes.set_title(label, fontsize=8)
+        axes.tick_params(labelsize=7)
+    for axes in panels.ravel()[len(shown) :]:
+        axes.remove()
+    figure.colorbar(drawn, ax=panels.ravel()[: len(shown)].tolist(), label="median log-odds")
+    figure.supxlabel("random direction, epsilons", fontsize=8)
+    figure.supylabel("direction of the attack, epsilons", fontsize=8)
+    return _png(figure)
+
+
 def _styled(series: Series) -> list[tuple[str, str, str, Sequence[Record]]]:
     return [
         (label, _COLORS[i % len(_COLORS)], _STYLES[i // len(_COLORS) % len(_STYLES)], records)

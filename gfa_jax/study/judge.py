@@ -4,6 +4,7 @@ Unlike an evaluation they keep nothing on the way, and models of one architectur
 compiled programs.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gfa_jax import ThreatModel, attacks, data
+from gfa_jax import ThreatModel, alignment, attacks, data, norms
+from gfa_jax import taps as taps_lib
 from gfa_jax.evaluation import loading
 from gfa_jax.evaluation.evaluate import parse_attack
 from gfa_jax.evaluation.outcomes import minimum_norm
 from gfa_jax.training.progress import Progress
-from gfa_jax.types import AttackResult
+from gfa_jax.types import Array, AttackResult, Features, Taps
 
 _RADIUS = 0.5
 """What an attack for the smallest perturbation is told, and does not use."""
@@ -65,7 +67,7 @@ class Judge:
         """
         threat = ThreatModel(norm, _RADIUS)
         right = self._is_right(run)
-        norms = {}
+        found_norms = {}
         for spec in specs:
             found = self._attack(run, spec, threat, right, batch_size)
             outcome = {
@@ -73,8 +75,37 @@ class Judge:
                 "distance": np.asarray(found.distance),
                 "attacked": right,
             }
-            norms[spec] = minimum_norm(outcome, right, norm)
-        return {"minimum_norm": norms, **_examples(run)}
+            found_norms[spec] = minimum_norm(outcome, right, norm)
+        return {"minimum_norm": found_norms, **_examples(run)}
+
+    def radii(self, run: loading.LoadedRun, batch_size: int) -> dict[str, Any]:
+        """Returns what the radius identity relates, for the images that are right.
+
+        In a homogeneous network the linear radius is ``|h|_p a``, with the normalised image ``h``
+        and the alignment ``a`` of the margin (``alignment``).
+
+        Args:
+          run: with the examples.
+          batch_size: examples attacked at once.
+
+        Returns:
+          Lists of one length: ``linear``, the radius by the identity in units of the input (its
+          norm times the mean standard deviation of the normalisation), and ``measured``, DeepFool's
+          distance in the norm of the threat model, ``None`` where it finds nothing.
+        """
+        threat, right = run.classifier.threat, self._is_right(run)
+        found = self._attack(run, "deepfool", threat, right, batch_size)
+        inputs = data.to_float(run.test_set.images[right])
+        linear = _linear_radius(run, inputs, jnp.asarray(run.test_set.labels[right]))
+        distance = np.where(np.asarray(found.success), np.asarray(found.distance), np.nan)[right]
+        return {
+            "norm": threat.norm,
+            "linear": [round(float(value), 5) for value in linear],
+            "measured": [
+                None if math.isnan(value) else round(float(value), 5) for value in distance
+            ],
+            **_examples(run),
+        }
 
     def _apply(self, run: loading.LoadedRun) -> Callable[..., Any]:
         module = run.classifier.module
@@ -117,6 +148,23 @@ class Judge:
                 )
         finally:
             progress.close()
+
+
+def _linear_radius(run: loading.LoadedRun, inputs: Array, labels: Array) -> Array:
+    """Returns ``|h|_p a`` in units of the input, ``[B]``."""
+    layer = run.classifier.layers[0]
+    norm = run.classifier.layer_norms.get(layer, "l2")
+
+    def apply_fn(taps: Taps, inputs: Array) -> tuple[Array, Features]:
+        return run.apply(run.params, run.model_state, taps, inputs)
+
+    @jax.jit
+    def measure(inputs: Array, labels: Array) -> Array:
+        _, features, grads = taps_lib.feature_gradients(apply_fn, inputs, labels, target="margin")
+        length = norms.vector_norm(features[layer], norm)
+        return length * alignment.alignment(features[layer], grads[layer], norm)
+
+    return measure(inputs, labels) * float(np.mean(run.config.model.input_std))
 
 
 def _variables(run: loading.LoadedRun) -> dict[str, Any]:

@@ -91,6 +91,9 @@ _CAPTIONS = {
     "distances": "Share of right images that a minimum-norm attack breaks within a distance",
     "alignment": "Alignment against worst-case accuracy, a dot for each trained model",
     "shares": "Tangential share of perturbations at every layer",
+    "radii": "The radius that alignment promises against that which DeepFool finds, a dot an image",
+    "surfaces": "Median log-odds of broken images along an attack and a random direction; the line in "
+    "black is the decision boundary",
 }
 
 
@@ -108,6 +111,13 @@ def _pictures(study: plan.Study, gathered: Gathered) -> dict[str, bytes]:
     spec = plan.attacks_of(study.protocol)["honest"][0]
     if all(spec in layer["tangential_shares"] for layer in one["layers"].values()):
         pictures["shares"] = figures.tangential_shares(tested, spec)
+    with_radii = {
+        study.trials[name].label: found for name, found in _with(gathered, "radii").items()
+    }
+    if with_radii:
+        pictures["radii"] = figures.radii(with_radii)
+    if any("loss_surface" in some[0]["test"] for some in tested.values()):
+        pictures["surfaces"] = figures.surfaces(tested)
     return pictures
 
 

@@ -108,7 +108,7 @@ def stages(trial: Trial, protocol: Protocol) -> list[str]:
     """Returns the evaluations that a trial needs, in order."""
     if not trial.is_tested:
         return ["validation"]
-    return ["validation", "test", *(["distances"] if protocol.paper_distances else [])]
+    return ["validation", "test", *(["distances"] if protocol.paper_distances else []), "radii"]
 
 
 def validate(study: Study) -> None:

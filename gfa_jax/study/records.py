@@ -61,8 +61,9 @@ def summary(results: Mapping[str, Any]) -> dict[str, Any]:
         name: results[name]
         for name in (
             *("clean_accuracy", "robust_accuracy", "num_examples", "data", "threat", "mode"),
-            *("curves", "versions", "seconds"),
+            *("curves", "loss_surface", "versions", "seconds"),
         )
+        if name in results
     }
     kept["minimum_norm"] = {
         spec: {**found, "cdf": _thinned(found["cdf"])}

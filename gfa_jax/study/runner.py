@@ -157,6 +157,8 @@ def _judge(
     )
     if is_validation:
         return judge.accuracies(run, specs["validation"], protocol.batch_size)
+    if stage == "radii":
+        return judge.radii(run, protocol.batch_size)
     return judge.distances(run, specs["distances"], protocol.distance_norm, protocol.batch_size)
 
 

@@ -131,11 +131,16 @@ def test_every_seed_has_a_record_of_what_was_measured(worked):
         assert record["training"]["steps"] == 12
         assert record["step_flops"] > 0
         is_tested = not name.startswith("searched")
-        assert ("test" in record) == ("distances" in record) == is_tested
+        assert ("test" in record) == ("distances" in record) == ("radii" in record) == is_tested
         if is_tested:
             (found,) = record["distances"]["minimum_norm"].values()
             assert found["norm"] == "l2"
             assert found["num_examples"] <= 24
+            pairs = zip(record["radii"]["linear"], record["radii"]["measured"], strict=True)
+            # Right images have positive margins, and what is promised is found, roughly.
+            for linear, measured in pairs:
+                assert linear > 0
+                assert measured is None or 0 < measured < 20 * linear
     tested = json.loads((worked / "standard-seed0" / "eval" / "results.json").read_text())
     first = json.loads((worked / "records" / "standard-seed0.json").read_text())
     assert first["test"]["robust_accuracy"] == tested["robust_accuracy"]
@@ -156,7 +161,8 @@ def test_the_page_has_what_the_records_have(worked):
     assert [line.split("|")[4].strip() for line in claims] == ["no", "yes"]
     assert "too short to tell" in text
     assert "Not run yet" not in text
-    for name in ("curves", "distances", "alignment"):
+    assert "radii" in text
+    for name in ("curves", "distances", "alignment", "radii", "surfaces"):
         present = (worked / "study" / f"{name}.png").exists()
         assert present == (f"study/{name}.png" in text)
     assert (worked / "study" / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -180,7 +186,8 @@ def test_what_is_recorded_is_not_made_again(worked, use, monkeypatch, tmp_path):
 def test_test_images_may_be_left_for_later(use, monkeypatch, tmp_path):
     use(tiny_study())
     monkeypatch.setattr(evaluate, "evaluate", lambda flags: pytest.fail("tested"))
-    monkeypatch.setattr(judge.Judge, "distances", lambda *args: pytest.fail("tested"))
+    for name in ("distances", "radii"):
+        monkeypatch.setattr(judge.Judge, name, lambda *args: pytest.fail("tested"))
     flags = runner.Flags("tiny.py", out=str(tmp_path), trials="gfa", validation_only=True)
     runner.run(flags, COMMAND)
     record = json.loads((tmp_path / "records" / "gfa-seed0.json").read_text())
