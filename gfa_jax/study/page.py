@@ -92,8 +92,8 @@ _CAPTIONS = {
     "alignment": "Alignment against worst-case accuracy, a dot for each trained model",
     "shares": "Tangential share of perturbations at every layer",
     "radii": "The radius that alignment promises against that which DeepFool finds, a dot an image",
-    "surfaces": "Median log-odds of broken images along an attack and a random direction; the line in "
-    "black is the decision boundary",
+    "surfaces": "Median log-odds of broken images along an attack and a random direction; the "
+    "black line is the decision boundary",
 }
 
 
