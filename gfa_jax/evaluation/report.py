@@ -113,7 +113,7 @@ def print_table(runs: Sequence[Results]) -> None:
     table = rich.table.Table(
         title=(
             f"accuracy in % at {threat['norm']} {threat['epsilon']:.4g}, "
-            f"{runs[0]['num_examples']} test images"
+            f"{runs[0]['num_examples']} {runs[0]['data']['split']} images"
         )
     )
     for number, column in enumerate(accuracy_columns(runs)):

@@ -14,6 +14,8 @@ Series = Mapping[str, Sequence[Record]]
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 _STYLES = ("-", "--", "-.", ":")
+_MARKERS = ("o", "s", "^", "D")
+"""They change where colours begin anew."""
 
 
 def accuracy_curves(series: Series) -> bytes:
@@ -58,18 +60,23 @@ def alignment_and_robustness(series: Series) -> bytes:
     """Returns alignment at the input against worst-case accuracy, a dot for each trained model."""
     figure, (left, right) = _figure(2)
     for label, color, style, records in _styled(series):
-        del style
+        marker = _MARKERS[_STYLES.index(style)]
         for number, record in enumerate(records):
-            test = record["test"]
-            layers = list(test["layers"])
-            inner = [test["layers"][layer]["alignment_mean"] for layer in layers[1:]]
-            worst = test["robust_accuracy"]["worst_case"]
-            name = label if number == 0 else None
-            left.plot(test["layers"][layers[0]]["alignment_mean"], worst, "o", color=color)
-            if inner:
-                right.plot(_mean(inner), worst, "o", color=color, label=name)
-    left.set(xlabel="mean alignment at the input", ylabel="worst-case accuracy")
-    right.set(xlabel="mean alignment of hidden layers")
+            worst = record["test"]["robust_accuracy"]["worst_case"]
+            layers = list(record["test"]["layers"].values())
+            if "radii" in record:
+                # In one norm for all, whatever each was trained with.
+                aligned = _mean(record["radii"]["alignment"])
+                left.plot(aligned, worst, marker, color=color)
+            right.plot(
+                _mean([layer["alignment_mean"] for layer in layers[1:]]),
+                worst,
+                marker,
+                color=color,
+                label=label if number == 0 else None,
+            )
+    left.set(xlabel="alignment at the input", ylabel="worst-case accuracy")
+    right.set(xlabel="alignment of hidden layers")
     right.legend(fontsize=7, frameon=False)
     return _png(figure)
 
@@ -101,11 +108,11 @@ def radii(series: Series) -> bytes:
     """Returns the radius that alignment promises against the one that DeepFool finds.
 
     On the line, what the radius identity says of a linear network is what an attack finds; below
-    it, the network bends and the attack needs less.
+    it, the network bends and the attack needs less. With biases the identity does not hold.
     """
     figure, (axes,) = _figure(1)
     largest = 0.0
-    for label, color, _, records in _styled(series):
+    for label, color, style, records in _styled(series):
         pairs = [
             (linear, measured)
             for record in records
@@ -115,7 +122,8 @@ def radii(series: Series) -> bytes:
             if measured is not None
         ]
         if pairs:
-            axes.plot(*zip(*pairs, strict=True), ".", color=color, label=label, ms=3, alpha=0.6)
+            marker = _MARKERS[_STYLES.index(style)]
+            axes.plot(*zip(*pairs, strict=True), marker, color=color, label=label, ms=2, alpha=0.6)
             largest = max(largest, *(max(pair) for pair in pairs))
     axes.plot([0, largest], [0, largest], color="#999999", linewidth=0.8)
     axes.set(xlabel="radius that alignment promises", ylabel="radius that DeepFool finds")
@@ -126,9 +134,10 @@ def radii(series: Series) -> bytes:
 def surfaces(series: Series) -> bytes:
     """Returns the log-odds over the plane of an attack's direction and a random one."""
     shown = {
-        label: records[0]["test"]["loss_surface"]
+        label: surface
         for label, records in series.items()
-        if "loss_surface" in records[0]["test"]
+        if (surface := records[0]["test"].get("loss_surface")) is not None
+        and not any(value is None for row in surface["median_log_odds"] for value in row)
     }
     columns = min(4, len(shown))
     rows = -(-len(shown) // columns)

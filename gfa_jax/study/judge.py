@@ -17,6 +17,7 @@ from gfa_jax import taps as taps_lib
 from gfa_jax.evaluation import loading
 from gfa_jax.evaluation.evaluate import parse_attack
 from gfa_jax.evaluation.outcomes import minimum_norm
+from gfa_jax.evaluation.subject import hash_examples
 from gfa_jax.training.progress import Progress
 from gfa_jax.types import Array, AttackResult, Features, Taps
 
@@ -89,17 +90,20 @@ class Judge:
           batch_size: examples attacked at once.
 
         Returns:
-          Lists of one length: ``linear``, the radius by the identity in units of the input (its
-          norm times the mean standard deviation of the normalisation), and ``measured``, DeepFool's
-          distance in the norm of the threat model, ``None`` where it finds nothing.
+          Lists of one length: ``alignment`` at the input, in the norm of the threat model whatever
+          the training's; ``linear``, the radius by the identity in units of the input (with the
+          mean standard deviation of the normalisation); and ``measured``, DeepFool's distance in
+          that norm, ``None`` where it finds nothing.
         """
         threat, right = run.classifier.threat, self._is_right(run)
         found = self._attack(run, "deepfool", threat, right, batch_size)
         inputs = data.to_float(run.test_set.images[right])
-        linear = _linear_radius(run, inputs, jnp.asarray(run.test_set.labels[right]))
+        labels = jnp.asarray(run.test_set.labels[right])
+        aligned, linear = _alignment_and_radius(run, inputs, labels)
         distance = np.where(np.asarray(found.success), np.asarray(found.distance), np.nan)[right]
         return {
             "norm": threat.norm,
+            "alignment": [round(float(value), 5) for value in aligned],
             "linear": [round(float(value), 5) for value in linear],
             "measured": [
                 None if math.isnan(value) else round(float(value), 5) for value in distance
@@ -150,21 +154,24 @@ class Judge:
             progress.close()
 
 
-def _linear_radius(run: loading.LoadedRun, inputs: Array, labels: Array) -> Array:
-    """Returns ``|h|_p a`` in units of the input, ``[B]``."""
-    layer = run.classifier.layers[0]
-    norm = run.classifier.layer_norms.get(layer, "l2")
+def _alignment_and_radius(
+    run: loading.LoadedRun, inputs: Array, labels: Array
+) -> tuple[Array, Array]:
+    """Returns ``a`` and, in units of the input, ``|h|_p a``; each ``[B]``."""
+    layer, norm = run.classifier.layers[0], run.classifier.threat.norm
 
     def apply_fn(taps: Taps, inputs: Array) -> tuple[Array, Features]:
         return run.apply(run.params, run.model_state, taps, inputs)
 
     @jax.jit
-    def measure(inputs: Array, labels: Array) -> Array:
+    def measure(inputs: Array, labels: Array) -> tuple[Array, Array]:
         _, features, grads = taps_lib.feature_gradients(apply_fn, inputs, labels, target="margin")
-        length = norms.vector_norm(features[layer], norm)
-        return length * alignment.alignment(features[layer], grads[layer], norm)
+        aligned = alignment.alignment(features[layer], grads[layer], norm)
+        return aligned, scale * norms.vector_norm(features[layer], norm) * aligned
 
-    return measure(inputs, labels) * float(np.mean(run.config.model.input_std))
+    scale = float(np.mean(run.config.model.input_std))
+    aligned, linear = measure(inputs, labels)
+    return aligned, linear
 
 
 def _variables(run: loading.LoadedRun) -> dict[str, Any]:
@@ -174,5 +181,9 @@ def _variables(run: loading.LoadedRun) -> dict[str, Any]:
 def _examples(run: loading.LoadedRun) -> dict[str, Any]:
     return {
         "num_examples": len(run.test_set),
-        "data": {"name": run.config.data.name, "split": run.split},
+        "data": {
+            "name": run.config.data.name,
+            "split": run.split,
+            "hash": hash_examples(run.test_set),
+        },
     }

@@ -22,7 +22,7 @@ def gather(study: plan.Study, folder: pathlib.Path) -> dict[str, list[Record]]:
     """Reads the records of a study.
 
     Raises:
-      ValueError: for a damaged record, or one of another recipe.
+      ValueError: for a damaged record, one of another recipe or protocol, or of other images.
     """
     gathered: dict[str, list[Record]] = {}
     for name, trial in study.trials.items():
@@ -31,7 +31,27 @@ def gather(study: plan.Study, folder: pathlib.Path) -> dict[str, list[Record]]:
             for seed in trial.seeds
         ]
         gathered[name] = [record for record in found if record]
+    for stage in plan.STAGES:
+        _check_alike(stage, plan.settings(study.protocol, stage), gathered)
     return gathered
+
+
+def _check_alike(stage: str, protocol: Mapping[str, Any], gathered: Gathered) -> None:
+    """Checks that all were judged alike, and on the same images."""
+    seen: dict[str, str] = {}
+    for record in itertools.chain(*gathered.values()):
+        if stage not in record:
+            continue
+        where = f"the record of {record['trial']!r}, seed {record['seed']},"
+        if record[stage].get("protocol") != protocol:
+            raise ValueError(
+                f"{where} was judged by {record[stage].get('protocol')}, and the study says "
+                f"{protocol}: take {stage!r} out of such records, and what is missing is judged "
+                "again."
+            )
+        seen.setdefault(record[stage]["data"]["hash"], where)
+    if len(seen) > 1:
+        raise ValueError(f"{' and '.join(seen.values())} were judged on other images ({stage}).")
 
 
 def write(study: plan.Study, gathered: Gathered, target: pathlib.Path, command: str) -> None:
@@ -63,14 +83,16 @@ def render(study: plan.Study, gathered: Gathered, command: str, pictures: Mappin
       pictures: addresses by name.
     """
     parts = [f"# {study.title}", study.about.strip(), f"    {command}"]
-    parts.append(f"That command wrote this page from the records. {_environment(gathered)}".strip())
+    parts.append(
+        f"That command wrote this page from the records there are. {_environment(gathered)}".strip()
+    )
     if study.conclusions:
         parts += ["## What came out", study.conclusions.strip()]
     tested = _with(gathered, "test")
     if tested:
         if study.claims:
-            parts += ["## The claims", *_claims(study, tested)]
-        parts += ["## Both protocols side by side", *_tested_table(study, tested)]
+            parts += ["## The claims", *_claims(study, gathered, tested)]
+        parts += ["## Both protocols side by side", *_tested_table(study, gathered, tested)]
         parts += [
             f"![{text}]({pictures[name]})" for name, text in _CAPTIONS.items() if name in pictures
         ]
@@ -88,12 +110,14 @@ def render(study: plan.Study, gathered: Gathered, command: str, pictures: Mappin
 
 _CAPTIONS = {
     "curves": "Accuracy against the radius of an attack with gradients and one without",
-    "distances": "Share of right images that a minimum-norm attack breaks within a distance",
-    "alignment": "Alignment against worst-case accuracy, a dot for each trained model",
+    "distances": "Share of right images that a minimum-norm attack breaks within a distance, "
+    "of each training's first seed",
+    "alignment": "Alignment (means over images) against worst-case accuracy, a dot a trained model",
     "shares": "Tangential share of perturbations at every layer",
     "radii": "The radius that alignment promises against that which DeepFool finds, a dot an image",
-    "surfaces": "Median log-odds of broken images along an attack and a random direction; the "
-    "black line is the decision boundary",
+    "surfaces": "Median log-odds, of each training's first seed, along the most successful attack "
+    "(vertical) and a random direction, over images that it breaks; the black line is the decision "
+    "boundary",
 }
 
 
@@ -116,7 +140,7 @@ def _pictures(study: plan.Study, gathered: Gathered) -> dict[str, bytes]:
     }
     if with_radii:
         pictures["radii"] = figures.radii(with_radii)
-    if any("loss_surface" in some[0]["test"] for some in tested.values()):
+    if "loss_surface" in one:
         pictures["surfaces"] = figures.surfaces(tested)
     return pictures
 
@@ -147,7 +171,7 @@ def _environment(gathered: Gathered) -> str:
     return f"Trained and judged with {'; '.join(seen)}." if seen else ""
 
 
-def _tested_table(study: plan.Study, tested: Gathered) -> list[str]:
+def _tested_table(study: plan.Study, gathered: Gathered, tested: Gathered) -> list[str]:
     specs = plan.attacks_of(study.protocol)
     standard = tested.get(study.standard)
     header = ["training", "seeds", "time", "FLOPs", "clean"]
@@ -158,7 +182,8 @@ def _tested_table(study: plan.Study, tested: Gathered) -> list[str]:
     rows = []
     for name, some in tested.items():
         tests = [record["test"] for record in some]
-        cells = [study.trials[name].label, str(len(some)), *_costs(some, standard)]
+        cells = [study.trials[name].label, _seeds(study, name, gathered, len(some))]
+        cells += _costs(some, standard)
         cells.append(_accuracy([one["clean_accuracy"] for one in tests], tests))
         cells += [
             _accuracy([one["robust_accuracy"][spec] for one in tests], tests)
@@ -182,10 +207,10 @@ def _tested_table(study: plan.Study, tested: Gathered) -> list[str]:
         "look for the smallest perturbation, the mean norm over images where they succeeded, as "
         "such papers report, its multiple of standard training's, and how often they succeeded "
         "where that is not always. Honest protocol: "
-        f"{_listed(specs['honest'])}. The worst case is over all attacks. Time: of training, as a "
-        "multiple of standard training's (trainings may have shared the machine); FLOPs likewise, "
-        "of products and convolutions as this backend makes them. Diagnostics in bold make the "
-        "accuracies upper bounds."
+        f"{_listed(specs['honest'])}. The worst case is over the attacks within epsilon of both. "
+        "Time: of training, as a multiple of standard training's (trainings may have shared the "
+        "machine); FLOPs likewise, of products and convolutions as this backend makes them. "
+        "Diagnostics in bold make the accuracies upper bounds."
     )
     return [_table(header, rows), note]
 
@@ -202,7 +227,8 @@ def _search_table(study: plan.Study, gathered: Gathered) -> list[str]:
         if not some:
             continue
         judged = [record["validation"] for record in some if "validation" in record]
-        cells = [f"`{name}`: {trial.label}", trial.hypothesis or "baseline", str(len(some))]
+        cells = [f"`{name}`: {trial.label}", trial.hypothesis or "baseline"]
+        cells.append(_seeds(study, name, gathered, len(judged)))
         cells += _costs(some, standard)
         if judged:
             cells.append(_accuracy([one["clean_accuracy"] for one in judged], judged))
@@ -222,36 +248,53 @@ def _search_table(study: plan.Study, gathered: Gathered) -> list[str]:
         "Judged on images that were held out of training"
         + (f", the first {every[0]['validation']['num_examples']} of them" if every else "")
         + "; test images chose nothing. Attacks follow one another on what is left, so that each "
-        f"column is the worst case so far: {_listed(specs)}."
+        f"column is the worst case so far: {_listed(specs)}. In brackets intervals of 95 % over "
+        "images; +- is the standard deviation over seeds."
     )
     return [_table(header, rows), note]
 
 
-def _claims(study: plan.Study, tested: Gathered) -> list[str]:
+def _claims(study: plan.Study, gathered: Gathered, tested: Gathered) -> list[str]:
     header = ["claim", "claimed", "measured so", "reproduced", "worst case, ours and baseline"]
     rows = []
     for claim in study.claims:
         ours, baseline = tested.get(claim.ours, []), tested.get(claim.baseline, [])
+        title = (
+            f"{claim.text} ({study.trials[claim.ours].label} against "
+            f"{study.trials[claim.baseline].label}, `{claim.attack}`)"
+        )
+        failed = [
+            study.trials[name].label
+            for name in (claim.ours, claim.baseline)
+            if gathered[name] and all(record.get("failure") for record in gathered[name])
+        ]
+        if failed:
+            measured = f"training failed: {', '.join(failed)}"
+            rows.append([title, claim.claimed, measured, "no", "-"])
+            continue
+        if claim.measure == "distance":
+            ours = [record for record in ours if "distances" in record]
+            baseline = [record for record in baseline if "distances" in record]
         if not ours or not baseline:
-            rows.append([claim.text, claim.claimed, "not measured yet", "-", "-"])
+            rows.append([title, claim.claimed, "not measured yet", "-", "-"])
             continue
         if claim.measure == "distance":
             value = _mean_distance(ours, claim.attack) / _mean_distance(baseline, claim.attack)
-            measured = "nothing found" if math.isnan(value) else f"{value:.1f} times"
+            rates = [
+                "-" if rate is None else f"{100 * rate:.0f}"
+                for rate in (_success_rate(some, claim.attack) for some in (ours, baseline))
+            ]
+            measured = f"{value:.1f} times; {rates[0]} and {rates[1]} % found"
+            if math.isnan(value):
+                measured = f"no ratio: {rates[0]} and {rates[1]} % found"
         else:
             both = [100 * _mean_accuracy(some, claim.attack) for some in (ours, baseline)]
             value = both[0] - both[1]
             measured = f"{value:+.1f} points ({both[0]:.1f} against {both[1]:.1f})"
         worst = [100 * _mean_accuracy(some, WORST) for some in (ours, baseline)]
+        reproduced = "-" if math.isnan(value) else "yes" if value >= claim.at_least else "no"
         rows.append(
-            [
-                f"{claim.text} ({study.trials[claim.ours].label} against "
-                f"{study.trials[claim.baseline].label}, `{claim.attack}`)",
-                claim.claimed,
-                measured,
-                "yes" if value >= claim.at_least else "no",
-                f"{worst[0]:.1f} and {worst[1]:.1f}",
-            ]
+            [title, claim.claimed, measured, reproduced, f"{worst[0]:.1f} and {worst[1]:.1f}"]
         )
     return [_table(header, rows)]
 
@@ -273,17 +316,32 @@ def _mean_distance(some: Sequence[Record], spec: str) -> float:
     return statistics.mean(values) if values else float("nan")
 
 
+def _success_rate(some: Sequence[Record], spec: str) -> float | None:
+    rates = [
+        rate
+        for record in some
+        if "distances" in record
+        and (rate := record["distances"]["minimum_norm"][spec]["success_rate"]) is not None
+    ]
+    return statistics.mean(rates) if rates else None
+
+
 def _distance(some: Sequence[Record], standard: Sequence[Record] | None, spec: str) -> str:
-    value = _mean_distance(some, spec)
-    if math.isnan(value):
+    value, rate = _mean_distance(some, spec), _success_rate(some, spec)
+    if math.isnan(value) or rate is None:
         return "-"
-    rates = [record["distances"]["minimum_norm"][spec]["success_rate"] for record in some]
-    text = f"{value:.3g}"
-    if standard:
-        text += f" ({value / _mean_distance(standard, spec):.1f}x)"
-    if min(rates) < 1:
-        text += f", {100 * statistics.mean(rates):.0f} % found"
-    return text
+    text, unit = f"{value:.3g}", _mean_distance(standard or [], spec)
+    if not math.isnan(unit):
+        text += f" ({value / unit:.1f}x)"
+    return text if rate == 1 else f"{text}, {100 * rate:.0f} % found"
+
+
+def _seeds(study: plan.Study, name: str, gathered: Gathered, num_judged: int) -> str:
+    """Returns how many seeds a row is of, how many there are to be, and how many failed."""
+    failed = sum(bool(record.get("failure")) for record in gathered[name])
+    num_seeds = len(study.trials[name].seeds)
+    text = str(num_judged) if num_judged == num_seeds else f"{num_judged} of {num_seeds}"
+    return f"{text}, {failed} failed" if failed else text
 
 
 def _costs(some: Sequence[Record], standard: Sequence[Record] | None) -> list[str]:

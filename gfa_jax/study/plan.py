@@ -3,10 +3,12 @@
 import dataclasses
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
-from gfa_jax import _modules, _validate, cli, norms
+from gfa_jax import ThreatModel, _modules, _validate, attacks, cli, norms
 from gfa_jax import config as config_lib
 from gfa_jax.config import TrainConfig
+from gfa_jax.evaluation import masking
 from gfa_jax.evaluation.evaluate import parse_attack
 
 
@@ -104,11 +106,26 @@ def attacks_of(protocol: Protocol) -> dict[str, list[str]]:
     }
 
 
+STAGES = ("validation", "test", "distances", "radii")
+"""What a trained model may be judged by, in order."""
+
+
 def stages(trial: Trial, protocol: Protocol) -> list[str]:
     """Returns the evaluations that a trial needs, in order."""
     if not trial.is_tested:
         return ["validation"]
     return ["validation", "test", *(["distances"] if protocol.paper_distances else []), "radii"]
+
+
+def settings(protocol: Protocol, stage: str) -> dict[str, Any]:
+    """Returns what an evaluation of this kind depends on; a record keeps it."""
+    names = {
+        "validation": ("num_validation_examples", "validation_attacks"),
+        "test": ("num_test_examples", "paper_attacks", "honest_attacks", "diagnostics"),
+        "distances": ("num_test_examples", "paper_distances", "distance_norm"),
+        "radii": ("num_test_examples",),
+    }
+    return {name: getattr(protocol, name) for name in names[stage]}
 
 
 def validate(study: Study) -> None:
@@ -119,6 +136,9 @@ def validate(study: Study) -> None:
     """
     if not study.trials:
         raise ValueError("study.trials is empty: a study needs recipes.")
+    labels = [trial.label for trial in study.trials.values() if trial.is_tested]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"the labels of tested trials must differ, and are {labels}.")
     for name, trial in study.trials.items():
         where = f"study.trials[{name!r}]"
         if not name.replace("-", "").replace("_", "").isalnum():
@@ -137,13 +157,8 @@ def validate(study: Study) -> None:
             config_lib.validate(trial.config)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
+    _validate_protocol(study)
     specs = attacks_of(study.protocol)
-    for kind, names in specs.items():
-        if not names and kind in ("validation", "honest"):
-            raise ValueError(f"study.protocol.{kind}_attacks is empty.")
-        for spec in names:
-            parse_attack(spec)
-    _validate.one_of(norms.DUALS, **{"study.protocol.distance_norm": study.protocol.distance_norm})
     _validate.one_of(study.trials, **{"study.standard": study.standard})
     for claim in study.claims:
         for field in ("ours", "baseline"):
@@ -157,6 +172,54 @@ def validate(study: Study) -> None:
         if claim.measure == "distance":
             known = tuple(specs["distances"])
         _validate.one_of(known, **{"claim.attack": claim.attack})
+
+
+def _validate_protocol(study: Study) -> None:
+    """Checks everything about the judging that could fail after hours of training."""
+    protocol = study.protocol
+    counts = ("num_validation_examples", "num_test_examples", "batch_size")
+    _validate.positive_integer(
+        **{f"study.protocol.{name}": getattr(protocol, name) for name in counts}
+    )
+    _validate.one_of(masking.LEVELS, **{"study.protocol.diagnostics": protocol.diagnostics})
+    _validate.one_of(norms.DUALS, **{"study.protocol.distance_norm": protocol.distance_norm})
+    first, *others = study.trials.items()
+    for name, trial in others:
+        for field in ("threat", "data"):
+            ours, theirs = getattr(trial.config, field), getattr(first[1].config, field)
+            if field == "data":
+                ours, theirs = ours.name, theirs.name
+            if ours != theirs:
+                raise ValueError(
+                    f"study.trials[{name!r}].config.{field} is {ours}, that of {first[0]!r} "
+                    f"{theirs}: one table cannot hold both."
+                )
+    threat = ThreatModel(first[1].config.threat.norm, first[1].config.threat.epsilon)
+    fields = {"validation": "validation_attacks", "paper": "paper_attacks"}
+    fields |= {"distances": "paper_distances", "honest": "honest_attacks"}
+    for kind, specs in attacks_of(protocol).items():
+        where = f"study.protocol.{fields[kind]}"
+        if not specs and kind in ("validation", "honest"):
+            raise ValueError(f"{where} is empty.")
+        for spec in specs:
+            name, options = parse_attack(spec)
+            of_distances = kind == "distances"
+            attack = attacks.create(
+                name,
+                ThreatModel(protocol.distance_norm, 1.0) if of_distances else threat,
+                **options,
+            )
+            parts = attack.parts().values()
+            if kind in ("validation", "distances") and any(
+                part.estimator.needs_features for part in parts
+            ):
+                raise ValueError(f"{where}: {spec!r} needs features, which are not seen there.")
+            # Parts of an ensemble are judged within epsilon, whatever they look for.
+            finds_closest = getattr(attack, "keep", "") == "closest"
+            if of_distances and not finds_closest:
+                raise ValueError(f"{where}: {spec!r} does not look for the smallest perturbation.")
+            if kind == "validation" and finds_closest:
+                raise ValueError(f"{where}: {spec!r} succeeds at any distance.")
 
 
 def load_study(path: str) -> Study:

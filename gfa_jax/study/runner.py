@@ -6,7 +6,7 @@ import fcntl
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gfa_jax import _validate, cli, files
@@ -43,8 +43,9 @@ class Flags:
 def run(flags: Flags, command: str) -> None:
     """Trains and judges what has no record, and writes the page.
 
-    Each record is written as soon as a stage is done, and never changed in what it has. Trials that
-    another process works on are passed over.
+    A record is written as soon as a stage is done. A model that has to be trained anew, because
+    its run is gone and a stage is missing, is judged anew. Trials that another process with the
+    same ``out`` works on are passed over.
 
     Args:
       flags: see ``Flags``.
@@ -65,6 +66,8 @@ def run(flags: Flags, command: str) -> None:
     folder = pathlib.Path(flags.records) if flags.records else out / "records"
     # All records are looked at before the first hour is spent.
     page.gather(study, folder)
+    if not flags.write_only:
+        _check_runs(study, chosen, out)
     # Seeds outside, so that every trial has one before any has the next.
     judge = judge_lib.Judge()
     rounds = max(len(study.trials[name].seeds) for name in chosen)
@@ -77,6 +80,19 @@ def run(flags: Flags, command: str) -> None:
     target = pathlib.Path(flags.page) if flags.page else out / "study.md"
     page.write(study, page.gather(study, folder), target, command)
     print(f"written: {target}", file=sys.stderr)
+
+
+def _check_runs(study: plan.Study, chosen: Sequence[str], out: pathlib.Path) -> None:
+    """Refuses the runs of other recipes that lie where these would.
+
+    Raises:
+      ValueError: naming the folder and the fields that differ.
+    """
+    for name in chosen:
+        for seed in study.trials[name].seeds:
+            workdir = out / f"{name}-seed{seed}"
+            if (workdir / "config.json").exists():
+                run_folder.claim(workdir, study.trials[name].at(seed))
 
 
 def _work(
@@ -119,11 +135,19 @@ def _work(
         run = loading.load_run(workdir, data_dir=flags.data_dir, num_examples=1)
         if run.step < config.train_steps:
             raise SystemExit("stopped; the same command goes on.")
-        record["training"] = dict(run.training)
-        record["environment"] = run_folder.versions()
-        record["step_flops"] = dry_run.step_flops(config)
+        if record.get("weights_hash") != run.weights_hash:
+            judged = [stage for stage in plan.STAGES if stage in record]
+            record = {key: value for key, value in record.items() if key not in judged}
+            stages = [*judged, *(stage for stage in stages if stage not in judged)]
+            record |= {
+                "weights_hash": run.weights_hash,
+                "training": dict(run.training),
+                "environment": run_folder.versions(),
+                "step_flops": dry_run.step_flops(config),
+            }
         for stage in stages:
-            record[stage] = _judge(stage, judge, protocol, workdir, flags.data_dir)
+            judgement = _judge(stage, judge, protocol, workdir, flags.data_dir)
+            record[stage] = {"protocol": plan.settings(protocol, stage), **judgement}
             files.write_json(path, record)
 
 
