@@ -105,6 +105,7 @@ TRIALS: dict[str, Trial] = {
         label="GFA, literal reading, lambda 1",
         config=_recipe(gfa=GFAConfig(weight=1.0, **_LITERAL)),
         hypothesis="The paper's words: cosines with the cross-entropy's gradient, at all layers.",
+        outcome="No more robust than standard training.",
         seeds=_SEEDS,
         is_tested=True,
     ),
@@ -127,6 +128,8 @@ TRIALS: dict[str, Trial] = {
         label="GFA at the input, lambda 20",
         config=_recipe(gfa=_gfa()),
         hypothesis="The threat acts at the input; hidden layers only take capacity.",
+        outcome="Defends, and all attacks agree; behind the gradient's norm at the same cost, and "
+        "behind FGSM-AT, which costs less and keeps more clean accuracy.",
         seeds=_SEEDS,
         is_tested=True,
     ),
@@ -145,11 +148,13 @@ TRIALS: dict[str, Trial] = {
         config=_recipe(gfa=_gfa(input_ceiling=0.0625)),
         hypothesis="Images whose linear radius exceeds epsilon (an alignment of about .06) need no "
         "more; as in adversarial training, capacity should go to the others.",
+        outcome="Clean accuracy comes back, robustness goes: the linear radius promises too much.",
     ),
     "gfa_ceiling_2": Trial(
         label="GFA at the input up to 2 epsilon, lambda 20",
         config=_recipe(gfa=_gfa(input_ceiling=0.125)),
         hypothesis="The linear radius overestimates the true one, so aim at twice epsilon.",
+        outcome="Between the two: a ceiling trades one accuracy for the other, and nothing is won.",
     ),
     "gfa_ceiling_2_60": Trial(
         label="GFA at the input up to 2 epsilon, lambda 60",
@@ -172,6 +177,7 @@ TRIALS: dict[str, Trial] = {
         label="FGSM-AT + GFA up to 2 epsilon, lambda 2",
         config=_recipe(attack=_FGSM, gfa=_gfa(input_ceiling=0.125, weight=2.0)),
         hypothesis="Alignment at adversarial points adds to what they teach.",
+        outcome="Costs FGSM-AT both accuracies.",
         seeds=_SEEDS,
         is_tested=True,
     ),

@@ -10,7 +10,7 @@ import textwrap
 import pytest
 
 from configs import smoke
-from gfa_jax.config import GFAConfig, ThreatConfig
+from gfa_jax.config import AttackConfig, GFAConfig, OptimizerConfig, ThreatConfig
 from gfa_jax.evaluation import evaluate
 from gfa_jax.study import (
     Claim,
@@ -43,7 +43,10 @@ def tiny(**parts):
     base = smoke.get_config()
     return dataclasses.replace(
         base,
-        train_steps=100,
+        train_steps=200,
+        attack=AttackConfig(),
+        model=dataclasses.replace(base.model, width=0.5),
+        optimizer=OptimizerConfig(learning_rate=5e-3),
         loop=dataclasses.replace(base.loop, eval_every=0, eval_attack_steps=0),
         **parts,
     )
@@ -101,6 +104,16 @@ def use(monkeypatch):
     return use
 
 
+@pytest.fixture
+def ready(worked, monkeypatch):
+    """Lets trainings take over the runs of ``worked``."""
+
+    def train(config, workdir):
+        shutil.copytree(worked / workdir.name, workdir, dirs_exist_ok=True)
+
+    monkeypatch.setattr(loop, "train_and_evaluate", train)
+
+
 @pytest.fixture(scope="module")
 def worked(tmp_path_factory):
     """A study that is worked through."""
@@ -137,7 +150,7 @@ def test_every_seed_has_a_record_of_what_was_measured(worked):
         after_fgsm, after_both = judged["robust_accuracy"].values()
         assert after_both <= after_fgsm <= judged["clean_accuracy"]
         assert record["config"]["data"]["data_dir"] is None
-        assert record["training"]["steps"] == 100
+        assert record["training"]["steps"] == 200
         assert record["step_flops"] > 0
         is_tested = not name.startswith("searched")
         assert ("test" in record) == ("distances" in record) == ("radii" in record) == is_tested
@@ -200,7 +213,7 @@ def test_what_is_recorded_is_not_made_again(worked, use, monkeypatch, tmp_path):
     assert (tmp_path / "study.md").read_text() == before
 
 
-def test_test_images_may_be_left_for_later(use, monkeypatch, tmp_path):
+def test_test_images_may_be_left_for_later(ready, use, monkeypatch, tmp_path):
     use(tiny_study())
     monkeypatch.setattr(evaluate, "evaluate", lambda flags: pytest.fail("tested"))
     for name in ("distances", "radii"):
@@ -215,7 +228,9 @@ def test_test_images_may_be_left_for_later(use, monkeypatch, tmp_path):
         runner.run(dataclasses.replace(flags, validation_only=False), COMMAND)
 
 
-def test_a_trial_that_fails_is_recorded_and_the_others_go_on(worked, use, monkeypatch, tmp_path):
+def test_a_trial_that_fails_is_recorded_and_the_others_go_on(
+    worked, ready, use, monkeypatch, tmp_path
+):
     use(tiny_study())
     results = json.loads((worked / "standard-seed0" / "eval" / "results.json").read_text())
     monkeypatch.setattr(evaluate, "evaluate", lambda flags: results)
@@ -238,7 +253,7 @@ def test_a_trial_that_fails_is_recorded_and_the_others_go_on(worked, use, monkey
     runner.run(flags, COMMAND)
 
 
-def test_a_training_that_was_stopped_is_not_judged(use, monkeypatch, tmp_path):
+def test_a_training_that_was_stopped_is_not_judged(worked, use, monkeypatch, tmp_path):
     use(tiny_study())
     train = loop.train_and_evaluate
     monkeypatch.setattr(
@@ -248,7 +263,12 @@ def test_a_training_that_was_stopped_is_not_judged(use, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="the same command goes on"):
         runner.run(flags, COMMAND)
     assert not (tmp_path / "records").exists()
-    monkeypatch.setattr(loop, "train_and_evaluate", train)
+
+    def go_on(config, workdir):
+        shutil.rmtree(workdir / "checkpoints")
+        shutil.copytree(worked / workdir.name, workdir, dirs_exist_ok=True)
+
+    monkeypatch.setattr(loop, "train_and_evaluate", go_on)
     runner.run(flags, COMMAND)
     assert json.loads((tmp_path / "records" / "searched-seed0.json").read_text())["validation"]
 
@@ -309,7 +329,7 @@ def test_records_of_another_protocol_or_other_images_are_refused(worked, tmp_pat
         page.gather(study, tmp_path / "records")
 
 
-def test_a_model_that_is_trained_anew_is_judged_anew(worked, use, monkeypatch, tmp_path):
+def test_a_model_that_is_trained_anew_is_judged_anew(worked, ready, use, monkeypatch, tmp_path):
     """Its weights may differ from those that were judged before."""
     use(tiny_study())
     path = tmp_path / "records" / "gfa-seed0.json"
@@ -386,7 +406,7 @@ def protocol(study, **fields):
         (lambda study: dataclasses.replace(study, standard="plain"), "study.standard='plain'"),
         (
             lambda study: dataclasses.replace(
-                study, trials={**study.trials, "a/b": study.trials["gfa"]}
+                study, trials={**study.trials, "a/b": study.trials["searched"]}
             ),
             r"study.trials\['a/b'\]: a name has letters",
         ),
