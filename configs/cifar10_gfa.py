@@ -6,7 +6,7 @@ other targets have no window between no effect and collapse.
 Data: CIFAR-10 through tensorflow-datasets (45,000 training, 5,000 validation, 10,000 test images);
 `python -m gfa_jax.data.prepare cifar10 --data_dir DIR` prepares it.
 Cost: 30 epochs at twice the FLOPs of a standard step.
-Result: not measured at this length yet.
+Result: not measured at this length yet; docs/study.md has a smaller budget.
 Command: python train.py --config configs/cifar10_gfa.py --workdir runs/cifar10_gfa
     --config.data.data_dir=DIR
 """

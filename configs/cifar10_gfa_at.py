@@ -4,7 +4,7 @@ Source: composition of cifar10_gfa and cifar10_pgd_at with weight 1.
 Data: CIFAR-10 through tensorflow-datasets (45,000 training, 5,000 validation, 10,000 test images);
 `python -m gfa_jax.data.prepare cifar10 --data_dir DIR` prepares it.
 Cost: 30 epochs at 8.7 times the FLOPs of a standard step.
-Result: not measured at this length yet.
+Result: not measured at this length yet; docs/study.md has a smaller budget.
 Command: python train.py --config configs/cifar10_gfa_at.py --workdir runs/cifar10_gfa_at
     --config.data.data_dir=DIR
 """

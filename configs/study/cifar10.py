@@ -118,6 +118,7 @@ TRIALS: dict[str, Trial] = {
         label="GFA, literal reading, lambda 1, with biases",
         config=_recipe(homogeneous=False, gfa=GFAConfig(weight=1.0, **_LITERAL)),
         hypothesis="The paper's networks may have biases, with which the radius identity fails.",
+        outcome="No more robust than standard training either.",
     ),
     "gfa_all_layers": Trial(
         label="GFA, sampled margin, all layers, lambda 4",

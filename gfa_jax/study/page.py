@@ -249,7 +249,8 @@ def _search_table(study: plan.Study, gathered: Gathered) -> list[str]:
         + (f", the first {every[0]['validation']['num_examples']} of them" if every else "")
         + "; test images chose nothing. Attacks follow one another on what is left, so that each "
         f"column is the worst case so far: {_listed(specs)}. In brackets intervals of 95 % over "
-        "images; +- is the standard deviation over seeds."
+        "images; +- is the standard deviation over seeds. Time and FLOPs are multiples of standard "
+        "training's; trainings may have shared the machine, so FLOPs are the better guide."
     )
     return [_table(header, rows), note]
 
