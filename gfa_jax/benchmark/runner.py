@@ -246,7 +246,11 @@ def _measure(
             {
                 "name": name,
                 "seconds": seconds[name],
-                **{key: value for key, value in program._asdict().items() if key != "start"},
+                **{
+                    key: value
+                    for key, value in program._asdict().items()
+                    if key not in ("start", "compiled")
+                },
             }
             for name, program in made.items()
         ],
