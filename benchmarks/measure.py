@@ -188,12 +188,12 @@ class Passes:
             program: Callable[[np.ndarray], Array] = loop.lower(images).compile()
             return program
 
-        self._loops = compiled(forward), compiled(gradient)
+        self.forward_loop, self.gradient_loop = compiled(forward), compiled(gradient)
 
     def seconds(self) -> tuple[float, float]:
         """Returns what an image takes in a forward pass, and in a gradient: the fastest of five."""
         fastest = []
-        for loop in self._loops:
+        for loop in (self.forward_loop, self.gradient_loop):
             durations = []
             for _ in range(5):
                 started = time.perf_counter()

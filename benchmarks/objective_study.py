@@ -7,8 +7,6 @@ import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from configs import (
@@ -19,12 +17,12 @@ from configs import (
     digits_pgd_at,
     digits_standard,
 )
-from gfa_jax import ThreatModel, _validate, attacks, cli, data, files
+from gfa_jax import _validate, cli, data, files
 from gfa_jax import config as config_lib
-from gfa_jax.attacks import compaction
 from gfa_jax.benchmark import programs, timing
 from gfa_jax.config import TrainConfig
 from gfa_jax.evaluation import loading
+from gfa_jax.study.judge import Judge
 from gfa_jax.training import loop, run_folder
 
 RECIPES: Mapping[str, Callable[[], TrainConfig]] = {
@@ -36,13 +34,13 @@ RECIPES: Mapping[str, Callable[[], TrainConfig]] = {
     **digits_baselines.RECIPES,
 }
 
-ATTACKS: Mapping[str, tuple[str, dict[str, Any]]] = {
-    "PGD": ("pgd", {"num_steps": 40}),
-    "PGD, margin": ("pgd-margin", {"num_steps": 40}),
-    "APGD-T": ("apgd-t", {}),
-    "Square": ("square", {"num_queries": 1000, "chunk_size": 64}),
+ATTACKS: Mapping[str, str] = {
+    "PGD": "pgd:num_steps=40",
+    "PGD, margin": "pgd-margin:num_steps=40",
+    "APGD-T": "apgd-t",
+    "Square": "square:num_queries=1000:chunk_size=64",
 }
-"""By column of the table: the attack and its options."""
+"""By column of the table: the attack as for ``eval.py``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +85,7 @@ def run(flags: Flags) -> None:
         }
         results["costs"] |= _costs(missing, flags.rounds) if missing else {}
         files.write_json(out / "results.json", results)
-    attack = _Attacker()
+    judge = Judge()
     for seed in range(flags.seeds):
         for name, config in configs.items():
             key = f"{name}/seed{seed}"
@@ -96,7 +94,7 @@ def run(flags: Flags) -> None:
             if key not in results["accuracies"]:
                 print(f"== {key}", flush=True)
                 loop.train_and_evaluate(seeded, out / key)
-                results["accuracies"][key] = attack(out / key)
+                results["accuracies"][key] = _attacked(judge, out / key)
                 files.write_json(out / "results.json", results)
     page = table(results, list(configs))
     (out / "results.md").write_text(page)
@@ -116,45 +114,19 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     return results
 
 
-class _Attacker:
-    """Attacks trained models; those of one architecture share their compiled programs."""
-
-    def __init__(self) -> None:
-        self._functions: dict[Any, Callable[..., Any]] = {}
-        self._attacks: dict[tuple[str, ThreatModel], Any] = {}
-
-    def __call__(self, workdir: pathlib.Path) -> dict[str, float]:
-        """Returns accuracies on the test images, by column."""
-        run = loading.load_run(workdir)
-        module = run.classifier.module
-        apply = self._functions.setdefault(
-            module, lambda variables, inputs: module.apply(variables, inputs, train=False)
-        )
-        variables = {"params": run.params, **run.model_state}
-        images, labels = np.asarray(data.to_float(run.test_set.images)), run.test_set.labels
-        right = np.asarray(jnp.argmax(apply(variables, images), axis=1) == labels)
-        worst = right
-        accuracies = {"clean": float(right.mean())}
-        keys = attacks.example_keys(jax.random.key(0), jnp.asarray(run.test_set.ids))
-        for column, (name, options) in ATTACKS.items():
-            threat = run.classifier.threat
-            # Programs are found again by the identity of attack and function.
-            attack = self._attacks.setdefault(
-                (column, threat), attacks.create(name, threat, **options)
-            )
-            found = compaction.attack_in_batches(
-                attack,
-                apply,
-                variables,
-                keys,
-                images,
-                labels,
-                batch_size=len(labels),
-            )
-            resists = ~np.asarray(found.success)
-            accuracies[column] = float((right & resists).mean())
-            worst = worst & resists
-        return accuracies | {"worst case": float(worst.mean())}
+def _attacked(judge: Judge, workdir: pathlib.Path) -> dict[str, float]:
+    """Returns accuracies on the test images, by column."""
+    run = loading.load_run(workdir)
+    size = len(run.test_set)
+    right = worst = judge.is_right(run, size)
+    accuracies = {"clean": float(right.mean())}
+    for column, spec in ATTACKS.items():
+        everyone = np.ones(size, bool)
+        found = judge.attack(run, spec, run.classifier.threat, everyone, size)
+        resists = ~np.asarray(found.success)
+        accuracies[column] = float((right & resists).mean())
+        worst = worst & resists
+    return accuracies | {"worst case": float(worst.mean())}
 
 
 def _costs(configs: Mapping[str, TrainConfig], rounds: int) -> dict[str, dict[str, Any]]:

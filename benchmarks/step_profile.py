@@ -3,8 +3,8 @@
     python benchmarks/step_profile.py --model cnn6 --batch_size 128 --steps standard,gfa
 
 The compiled step runs under JAX's profiler; every operation's own time is put down to the layer and
-the pass that its name in the program tells. On several threads, times add up to more than the
-step's.
+the pass that its name in the program tells, as a share of all of them. Operations that the compiler
+made without a name are left out. On several threads, times add up to more than the step's.
 """
 
 import collections
@@ -65,8 +65,8 @@ def run(flags: Flags) -> None:
                 for _ in range(flags.runs):
                     jax.block_until_ready(program.start())
             events = read_events(pathlib.Path(folder))
-        shares = by_part(own_times(events), names_of(program.compiled.as_text() or ""), flags.runs)
-        print(table(f"{flags.model}, batch {flags.batch_size}, {name}", seconds, shares))
+        parts = by_part(own_times(events), names_of(program.compiled.as_text() or ""), flags.runs)
+        print(table(f"{flags.model}, batch {flags.batch_size}, {name}", seconds, parts))
 
 
 def read_events(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -123,24 +123,24 @@ def part_of(path: str) -> tuple[str, str]:
     of a derivative).
     """
     layer = next(
-        iter(re.findall(r"\b(block_\d+|dense_\d+|head|normalize|stage\w*)\b", path)), "rest"
+        iter(re.findall(r"\b(block_\d+|dense_\d+|stem|embedding|head|normalize)\b", path)), "rest"
     )
     depth = path.count("transpose(")
     return layer, ("forward", "backward", "second backward")[min(depth, 2)]
 
 
 def table(title: str, seconds: float, parts: Mapping[tuple[str, str], float]) -> str:
-    """Returns milliseconds by layer and pass as Markdown."""
+    """Returns shares of the operations' time by layer and pass as Markdown."""
     passes = ("forward", "backward", "second backward")
-    layers = sorted({layer for layer, _ in parts})
+    layers, total = sorted({layer for layer, _ in parts}), sum(parts.values())
     lines = [
-        f"## {title}: {1000 * seconds:.0f} ms a step, operations {sum(parts.values()):.0f} ms",
+        f"## {title}: {1000 * seconds:.0f} ms a step, operations {total:.0f} ms",
         "",
         "| layer | " + " | ".join(passes) + " |",
         "|---|" + "---:|" * len(passes),
     ]
     for layer in layers:
-        cells = [f"{parts.get((layer, one), 0):.1f}" for one in passes]
+        cells = [f"{parts.get((layer, one), 0) / total:.1%}" for one in passes]
         lines.append(f"| {layer} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -113,7 +113,7 @@ def test_nothing_is_asked_above_the_ceiling(key, form):
     assert ceiling > 0
     assert above.any()
     chex.assert_trees_all_close(penalty(grads, ceiling)[~above], penalty(grads, 1.0)[~above])
-    # Above it, all have the penalty of the ceiling, which is the largest of what is left out.
+    # Above it, all have the penalty of the ceiling.
     assert np.ptp(penalty(grads, ceiling)[above]) == 0
     assert np.all(penalty(grads, ceiling)[above] > penalty(grads, 1.0)[above])
     slopes = jax.grad(lambda grads: penalty(grads, ceiling).sum())(grads)

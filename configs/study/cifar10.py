@@ -258,7 +258,8 @@ gradients do not fool. All networks are `cnn6` at half width (16 to 64 channels)
 epochs on 16,000 images, batch 128, AdamW with one cycle; without biases, as alignment needs it,
 unless the table says otherwise. Weights of penalties rise over the first half of training, epsilon
 over the first quarter. This is far from the budgets that adversarial training is known for: compare
-rows with each other, not with published tables. The images are a JPEG copy of CIFAR-10.
+rows with each other, not with published tables. The images are a JPEG copy of CIFAR-10. `make study
+DATA_DIR=DIR` trains and judges what has no record in `docs/study/records` yet.
 
 Baselines: FGSM-AT with a random start (Wong et al. 2020, arXiv 2001.03994), PGD-AT (Madry et al.
 2018, arXiv 1706.06083), TRADES (Zhang et al. 2019, arXiv 1901.08573), and the gradient's norm as

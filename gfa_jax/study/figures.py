@@ -19,9 +19,9 @@ _MARKERS = ("o", "s", "^", "D")
 
 
 def accuracy_curves(series: Series) -> bytes:
-    """Returns accuracy against radius of a gradient attack and of Square, means over seeds."""
-    figure, panels = _figure(2)
+    """Returns accuracy against the radius of each curve's attack, means over seeds."""
     attacks = [curve["attack"] for curve in _first(series)["test"]["curves"]]
+    figure, panels = _figure(len(attacks))
     epsilon = _first(series)["test"]["threat"]["epsilon"]
     for axes, attack in zip(panels, attacks, strict=True):
         for label, color, style, records in _styled(series):

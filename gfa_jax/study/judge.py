@@ -26,7 +26,11 @@ _RADIUS = 0.5
 
 
 class Judge:
-    """Keeps compiled programs, which are found again by the identity of function and attack."""
+    """Attacks trained models.
+
+    It keeps one function for each architecture and one object for each attack, by whose identity
+    compiled programs are found again.
+    """
 
     def __init__(self) -> None:
         """Starts without any."""
@@ -42,11 +46,15 @@ class Judge:
           run: with the examples to judge by.
           specs: attacks as for ``eval.py``.
           batch_size: examples attacked at once.
+
+        Returns:
+          ``clean_accuracy``, ``robust_accuracy`` by spec, each the worst case so far,
+          ``num_examples`` and ``data``: ``name``, ``split`` and ``hash``.
         """
-        resists = self._is_right(run)
+        resists = self.is_right(run, batch_size)
         clean_accuracy, robust_accuracy = float(resists.mean()), {}
         for spec in specs:
-            found = self._attack(run, spec, run.classifier.threat, resists, batch_size)
+            found = self.attack(run, spec, run.classifier.threat, resists, batch_size)
             resists = resists & ~np.asarray(found.success)
             robust_accuracy[spec] = float(resists.mean())
         return {
@@ -65,12 +73,15 @@ class Judge:
           specs: attacks as for ``eval.py``.
           norm: of the threat model and of the distances.
           batch_size: examples attacked at once.
+
+        Returns:
+          ``minimum_norm`` by spec (``outcomes.minimum_norm``), ``num_examples`` and ``data``.
         """
         threat = ThreatModel(norm, _RADIUS)
-        right = self._is_right(run)
+        right = self.is_right(run, batch_size)
         found_norms = {}
         for spec in specs:
-            found = self._attack(run, spec, threat, right, batch_size)
+            found = self.attack(run, spec, threat, right, batch_size)
             outcome = {
                 "success": np.asarray(found.success),
                 "distance": np.asarray(found.distance),
@@ -95,8 +106,8 @@ class Judge:
           mean standard deviation of the normalisation); and ``measured``, DeepFool's distance in
           that norm, ``None`` where it finds nothing.
         """
-        threat, right = run.classifier.threat, self._is_right(run)
-        found = self._attack(run, "deepfool", threat, right, batch_size)
+        threat, right = run.classifier.threat, self.is_right(run, batch_size)
+        found = self.attack(run, "deepfool", threat, right, batch_size)
         inputs = data.to_float(run.test_set.images[right])
         labels = jnp.asarray(run.test_set.labels[right])
         aligned, linear = _alignment_and_radius(run, inputs, labels)
@@ -111,22 +122,17 @@ class Judge:
             **_examples(run),
         }
 
-    def _apply(self, run: loading.LoadedRun) -> Callable[..., Any]:
-        module = run.classifier.module
-        return self._functions.setdefault(
-            module, jax.jit(lambda variables, inputs: module.apply(variables, inputs, train=False))
-        )
-
-    def _is_right(self, run: loading.LoadedRun) -> np.ndarray:
+    def is_right(self, run: loading.LoadedRun, batch_size: int) -> np.ndarray:
+        """Returns which examples are classified correctly, bool ``[N]``."""
         logits = [
             self._apply(run)(_variables(run), data.to_float(batch["inputs"]))[batch["mask"]]
-            for batch in data.eval_batches(run.test_set, 250)
+            for batch in data.eval_batches(run.test_set, batch_size)
         ]
         predicted = np.concatenate([np.argmax(np.asarray(one), axis=1) for one in logits])
         right: np.ndarray = predicted == run.test_set.labels
         return right
 
-    def _attack(
+    def attack(
         self,
         run: loading.LoadedRun,
         spec: str,
@@ -134,6 +140,18 @@ class Judge:
         active: np.ndarray,
         batch_size: int,
     ) -> AttackResult:
+        """Attacks the examples of a run, with the same draws for every run.
+
+        Args:
+          run: with the examples.
+          spec: an attack as for ``eval.py``, on a model of logits alone.
+          threat: ball and box.
+          active: bool ``[N]``, the examples to attack.
+          batch_size: examples attacked at once.
+
+        Raises:
+          ValueError: for an unknown attack or option.
+        """
         name, options = parse_attack(spec)
         attack = self._attacks.setdefault((spec, threat), attacks.create(name, threat, **options))
         progress = Progress(spec, int(active.sum()))
@@ -152,6 +170,12 @@ class Judge:
                 )
         finally:
             progress.close()
+
+    def _apply(self, run: loading.LoadedRun) -> Callable[..., Any]:
+        module = run.classifier.module
+        return self._functions.setdefault(
+            module, jax.jit(lambda variables, inputs: module.apply(variables, inputs, train=False))
+        )
 
 
 def _alignment_and_radius(

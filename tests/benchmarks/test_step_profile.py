@@ -49,5 +49,12 @@ def test_every_layer_of_a_step_takes_time(monkeypatch, capsys):
     layers = {line.split("|")[1].strip(): line for line in lines if line.startswith("| block_")}
     assert set(layers) == {f"block_{number}" for number in range(4)}
     for line in layers.values():
-        forward, backward, _ = (float(cell) for cell in line.split("|")[2:5])
+        forward, backward, _ = (float(cell.strip(" %")) for cell in line.split("|")[2:5])
         assert forward + backward > 0
+    shares = [
+        float(cell.strip(" %"))
+        for line in lines
+        if line.startswith("| ") and "%" in line
+        for cell in line.split("|")[2:5]
+    ]
+    assert sum(shares) == pytest.approx(100, abs=2)

@@ -11,7 +11,7 @@ import pytest
 
 from configs import smoke
 from gfa_jax.config import AttackConfig, GFAConfig, OptimizerConfig, ThreatConfig
-from gfa_jax.evaluation import evaluate
+from gfa_jax.evaluation import curves, evaluate
 from gfa_jax.study import (
     Claim,
     Protocol,
@@ -130,6 +130,8 @@ def worked(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "load_study", lambda path: tiny_study())
         patch.setattr(runner.evaluate, "evaluate", evaluate_once)
+        # The curves' own attacks take as long to compile as all else.
+        patch.setattr(curves, "CURVES", {"fgsm": ("fgsm", ())})
         runner.run(runner.Flags("tiny.py", out=str(out)), COMMAND)
     tested = ("standard-seed0", "gfa-seed0", "standard-seed3")
     assert judged == [str(out / name) for name in tested]
