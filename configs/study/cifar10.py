@@ -196,10 +196,12 @@ TRIALS: dict[str, Trial] = {
 """Recipes by name. Those that are tested were named before any test image was looked at."""
 
 
+RECIPES = {name: functools.partial(trial.at, 0) for name, trial in TRIALS.items()}
+
+
 def get_config(name: str) -> TrainConfig:
     """Returns the recipe of a trial."""
-    recipes = {key: functools.partial(trial.at, 0) for key, trial in TRIALS.items()}
-    return choose(recipes, name)
+    return choose(RECIPES, name)
 
 
 def _claims(ours: str) -> tuple[Claim, ...]:

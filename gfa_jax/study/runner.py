@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gfa_jax import _validate, cli, files
+from gfa_jax import _validate, cli, data, files
 from gfa_jax.evaluation import evaluate, loading
 from gfa_jax.study import judge as judge_lib
 from gfa_jax.study import page, plan, records
@@ -68,6 +68,8 @@ def run(flags: Flags, command: str) -> None:
     page.gather(study, folder)
     if not flags.write_only:
         _check_runs(study, chosen, out)
+        config = study.trials[chosen[0]].config.data
+        data.load(config.name, "test", data_dir=flags.data_dir, max_examples=1)
     # Seeds outside, so that every trial has one before any has the next.
     judge = judge_lib.Judge()
     rounds = max(len(study.trials[name].seeds) for name in chosen)

@@ -365,6 +365,19 @@ def test_runs_of_another_recipe_are_refused_before_anything_is_trained(use, monk
         runner.run(runner.Flags("tiny.py", out=str(tmp_path)), COMMAND)
 
 
+def test_missing_data_is_said_before_anything_is_written(use, tmp_path):
+    study = tiny_study()
+    nowhere = dataclasses.replace(tiny().data, name=f"arrays:{tmp_path / 'nowhere.npz'}")
+    trials = {
+        name: dataclasses.replace(trial, config=dataclasses.replace(trial.config, data=nowhere))
+        for name, trial in study.trials.items()
+    }
+    use(dataclasses.replace(study, trials=trials))
+    with pytest.raises(FileNotFoundError, match="nowhere.npz"):
+        runner.run(runner.Flags("tiny.py", out=str(tmp_path / "out")), COMMAND)
+    assert not list(tmp_path.iterdir())
+
+
 def test_damaged_records_are_named(tmp_path):
     path = tmp_path / "a-seed0.json"
     path.write_text("{}")
