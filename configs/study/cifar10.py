@@ -31,15 +31,24 @@ _SEEDS = (0, 1, 2)
 _WARMUP: dict[str, Any] = {"warmup_fraction": 0.25}
 
 
-def _recipe(*, homogeneous: bool = True, **parts: Any) -> TrainConfig:
+def _recipe(
+    *,
+    homogeneous: bool = True,
+    initializer: str = "he",
+    steps: int = 1000,
+    images: int = 16_000,
+    **parts: Any,
+) -> TrainConfig:
     base = cifar10_standard.get_config()
     return dataclasses.replace(
         base,
-        train_steps=1000,  # 8 epochs
+        train_steps=steps,  # 1,000 are 8 epochs of all images.
         # The same steps, faster on CPU; batches of 128 all the same.
         accumulation_steps=4,
-        data=dataclasses.replace(base.data, max_train_examples=16_000),
-        model=dataclasses.replace(base.model, width=0.5, homogeneous=homogeneous),
+        data=dataclasses.replace(base.data, max_train_examples=images),
+        model=dataclasses.replace(
+            base.model, width=0.5, homogeneous=homogeneous, initializer=initializer
+        ),
         loop=LoopConfig(
             log_every=20, checkpoint_every=250, eval_attack_steps=0, eval_examples=1000
         ),
@@ -53,6 +62,14 @@ def _gfa(**fields: Any) -> GFAConfig:
 
 
 _FGSM = AttackConfig(name="fgsm", **_WARMUP)
+_PGD_2 = AttackConfig(name="pgd", num_steps=2, **_WARMUP)
+_FEW = 2000
+_GRADIENT_NORM = RegularizerConfig(
+    name="gradient_norm",
+    weight=EPSILON,
+    warmup_fraction=0.5,
+    options={"norm": "l1", "squared": False},
+)
 _LITERAL: dict[str, Any] = {
     "target": "cross_entropy",
     "form": "linear",
@@ -66,7 +83,7 @@ TRIALS: dict[str, Trial] = {
     "fgsm_at": Trial(label="FGSM-AT", config=_recipe(attack=_FGSM), seeds=_SEEDS, is_tested=True),
     "pgd2_at": Trial(
         label="PGD-2 AT",
-        config=_recipe(attack=AttackConfig(name="pgd", num_steps=2, **_WARMUP)),
+        config=_recipe(attack=_PGD_2),
         seeds=_SEEDS,
         is_tested=True,
     ),
@@ -88,16 +105,7 @@ TRIALS: dict[str, Trial] = {
     ),
     "gradient_norm": Trial(
         label="gradient norm",
-        config=_recipe(
-            regularizers=(
-                RegularizerConfig(
-                    name="gradient_norm",
-                    weight=EPSILON,
-                    warmup_fraction=0.5,
-                    options={"norm": "l1", "squared": False},
-                ),
-            )
-        ),
+        config=_recipe(regularizers=(_GRADIENT_NORM,)),
         seeds=_SEEDS,
         is_tested=True,
     ),
@@ -191,6 +199,68 @@ TRIALS: dict[str, Trial] = {
         label="FGSM-AT + GFA of clean images up to 2 epsilon, lambda 2",
         config=_recipe(attack=_FGSM, gfa=_gfa(input_ceiling=0.125, weight=2.0, inputs="clean")),
         hypothesis="Clean and adversarial images together say more than the latter alone.",
+    ),
+    "gfa_fgsm_weak": Trial(
+        label="FGSM-AT + GFA, lambda 0.3",
+        config=_recipe(attack=_FGSM, gfa=_gfa(weight=0.3)),
+        hypothesis="A little of it regularises without taking capacity.",
+    ),
+    "fgsm_at_long": Trial(
+        label="FGSM-AT, as long as FGSM-AT + GFA takes",
+        config=_recipe(attack=_FGSM, steps=1640),
+    ),
+    "gfa_log_odds": Trial(
+        label="GFA at the input, log-odds, lambda 1",
+        config=_recipe(gfa=_gfa(weight=1.0, target="log_odds")),
+        hypothesis="The log-odds have the cross-entropy's direction and do not saturate.",
+    ),
+    "gfa_margin": Trial(
+        label="GFA at the input, margin, lambda 1",
+        config=_recipe(gfa=_gfa(weight=1.0, target="margin")),
+        hypothesis="The nearest class decides the radius.",
+    ),
+    "gfa_unsigned": Trial(
+        label="GFA at the input without sign, lambda 20",
+        config=_recipe(gfa=_gfa(form="absolute")),
+        hypothesis="The sign of the cosine does not matter to tangential variation.",
+    ),
+    "gfa_linear": Trial(
+        label="GFA at the input, linear form, lambda 20",
+        config=_recipe(gfa=_gfa(form="linear")),
+        hypothesis="The logarithm is needed to lift small cosines.",
+    ),
+    "gfa_l2": Trial(
+        label="GFA at the input in l_2, lambda 20",
+        config=_recipe(gfa=_gfa(input_norm="l2")),
+        hypothesis="The dual of the threat's norm is needed.",
+    ),
+    "gfa_at_once": Trial(
+        label="GFA at the input, lambda 20 from the start",
+        config=_recipe(gfa=_gfa(warmup_fraction=0.0)),
+        hypothesis="Without a rising weight the network dies or collapses.",
+    ),
+    "gfa_orthogonal": Trial(
+        label="GFA at the input, lambda 20, orthogonal start",
+        config=_recipe(initializer="orthogonal", gfa=_gfa()),
+        hypothesis="Near-isometric layers carry alignment from the head to the input.",
+    ),
+    "few_fgsm_at": Trial(label="2,000 images: FGSM-AT", config=_recipe(images=_FEW, attack=_FGSM)),
+    "few_pgd2_at": Trial(
+        label="2,000 images: PGD-2 AT", config=_recipe(images=_FEW, attack=_PGD_2)
+    ),
+    "few_gradient_norm": Trial(
+        label="2,000 images: gradient norm",
+        config=_recipe(images=_FEW, regularizers=(_GRADIENT_NORM,)),
+    ),
+    "few_gfa": Trial(
+        label="2,000 images: GFA at the input, lambda 20",
+        config=_recipe(images=_FEW, gfa=_gfa()),
+        hypothesis="Adversarial training overfits few images, and alignment regularises.",
+    ),
+    "few_gfa_fgsm": Trial(
+        label="2,000 images: FGSM-AT + GFA, lambda 1",
+        config=_recipe(images=_FEW, attack=_FGSM, gfa=_gfa(weight=1.0)),
+        hypothesis="Adversarial training overfits few images, and alignment adds to it.",
     ),
 }
 """Recipes by name. Those that are tested were named before any test image was looked at."""
