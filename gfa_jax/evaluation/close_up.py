@@ -11,7 +11,7 @@ import numpy as np
 from gfa_jax import data, norms
 from gfa_jax.evaluation import geometry
 from gfa_jax.evaluation.outcomes import Outcome
-from gfa_jax.evaluation.subject import Subject
+from gfa_jax.evaluation.subject import ApplyFeatures, Subject
 from gfa_jax.threat import ThreatModel
 from gfa_jax.types import Array, LogitsFn
 
@@ -20,6 +20,45 @@ SURFACE_LENGTHS = tuple(np.linspace(-2.0, 2.0, 17).round(3).tolist())
 """In units of epsilon."""
 
 _SHOWN_EXAMPLES = 8
+
+
+def _measure_fn(
+    apply_features: ApplyFeatures,
+    setting: tuple[str, tuple[tuple[str, str], ...], ThreatModel, str],
+    variables: Any,
+    batch: dict[str, Any],
+    key: Array,
+) -> dict[str, Any]:
+    layer, layer_norms, threat, shown_spec = setting
+    inputs, labels = data.to_float(batch["inputs"]), batch["labels"]
+    apply_fn = functools.partial(apply_features, variables)
+    return {
+        "layers": geometry.layer_geometry(apply_fn, inputs, labels, dict(layer_norms)),
+        "shares": {
+            spec: geometry.tangential_shares(apply_fn, inputs, adv_inputs)
+            for spec, adv_inputs in batch["adversarial"].items()
+        },
+        "directions": geometry.loss_along_directions(
+            apply_fn,
+            key,
+            inputs,
+            labels,
+            layer=layer,
+            lengths=jnp.asarray(LENGTHS, jnp.float32),
+        ),
+        "clean_predictions": jnp.argmax(apply_fn({}, inputs)[0], axis=1),
+        "surface": _surface(
+            threat,
+            lambda x: apply_fn({}, x)[0],
+            key,
+            inputs,
+            labels,
+            batch["adversarial"][shown_spec],
+        ),
+    }
+
+
+_measure = jax.jit(_measure_fn, static_argnums=(0, 1))
 
 
 def close_up(
@@ -55,41 +94,21 @@ def close_up(
     def padded(values: np.ndarray) -> np.ndarray:
         return np.concatenate([values[:size], np.repeat(values[:1], len(mask) - size, axis=0)])
 
-    @jax.jit
-    def measure(variables: Any, batch: dict[str, Any], key: Array) -> dict[str, Any]:
-        inputs, labels = data.to_float(batch["inputs"]), batch["labels"]
-        apply_fn = functools.partial(subject.apply_features, variables)
-        return {
-            "layers": geometry.layer_geometry(apply_fn, inputs, labels, subject.layer_norms),
-            "shares": {
-                spec: geometry.tangential_shares(apply_fn, inputs, adv_inputs)
-                for spec, adv_inputs in batch["adversarial"].items()
-            },
-            "directions": geometry.loss_along_directions(
-                apply_fn,
-                key,
-                inputs,
-                labels,
-                layer=layer,
-                lengths=jnp.asarray(LENGTHS, jnp.float32),
-            ),
-            "clean_predictions": jnp.argmax(apply_fn({}, inputs)[0], axis=1),
-            "surface": _surface(
-                threat,
-                lambda x: apply_fn({}, x)[0],
-                key,
-                inputs,
-                labels,
-                batch["adversarial"][shown_spec],
-            ),
-        }
-
     given = {
         "inputs": batch["inputs"],
         "labels": batch["labels"],
         "adversarial": {spec: padded(values) for spec, values in images.items()},
     }
-    measured = jax.device_get(measure(subject.variables, subject.put(given), key))
+    layer_norms = tuple(sorted(subject.layer_norms.items()))
+    measured = jax.device_get(
+        _measure(
+            subject.apply_features,
+            (layer, layer_norms, threat, shown_spec),
+            subject.variables,
+            subject.put(given),
+            key,
+        )
+    )
     right = mask & (measured["clean_predictions"] == batch["labels"])
     attacked = {spec: right & padded(outcome["success"]) for spec, outcome in outcomes.items()}
 

@@ -1,6 +1,7 @@
 """Evaluations of trained runs and of any other classifier: what eval.py does."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -219,7 +220,7 @@ def _evaluate(
     model: subject.Subject, threat: ThreatModel, settings: _Settings, out: pathlib.Path
 ) -> dict[str, Any]:
     built = {
-        spec: attacks.create(name, threat, **options)
+        spec: _built(name, threat, tuple(options.items()))
         for spec, (name, options) in settings.specs.items()
     }
     for spec, attack in built.items():
@@ -269,6 +270,14 @@ def _evaluate(
     # All processes know the same now.
     distributed.on_primary(lambda: _write(out, results, outcomes, adversarial, shown))
     return results
+
+
+@functools.lru_cache(maxsize=64)
+def _built(
+    name: str, threat: ThreatModel, options: tuple[tuple[str, Any], ...]
+) -> attacks.Attack | attacks.Ensemble:
+    """Returns the same attack for the same settings, by whose identity programs are found again."""
+    return attacks.create(name, threat, **dict(options))
 
 
 def _write(

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,8 +55,21 @@ class LoadedRun:
         self, params: Params, model_state: ModelState, tap_values: Taps, inputs: Array
     ) -> tuple[Array, Features]:
         """Returns ``(logits, features)`` in evaluation mode, with every reported layer tapped."""
-        model = taps.linen_model(self.classifier.module, model_state, layers=self.classifier.layers)
-        return model(params, tap_values, inputs, train=False)[0]
+        classifier = self.classifier
+        return apply(classifier.module, classifier.layers, params, model_state, tap_values, inputs)
+
+
+def apply(
+    module: nn.Module,
+    layers: tuple[str, ...],
+    params: Params,
+    model_state: ModelState,
+    tap_values: Taps,
+    inputs: Array,
+) -> tuple[Array, Features]:
+    """Returns ``(logits, features)`` of a network in evaluation mode, with these layers tapped."""
+    model = taps.linen_model(module, model_state, layers=layers)
+    return model(params, tap_values, inputs, train=False)[0]
 
 
 def load_run(

@@ -1,7 +1,6 @@
 """Looks for signs that gradients are masked: measures, and has the numbers judged."""
 
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -134,23 +133,39 @@ def _plant(
         return None
     spec, attack = suited[0]
     size = min(len(subject.test_set), _PLANTED[level])
+    is_opaque = subject.layers == (INPUT,)
+    keys = attacks.example_keys(key, jnp.asarray(subject.test_set.ids[:size]))
+    inputs = data.to_float(subject.test_set.images[:size])
+    planted = _planted(
+        subject.apply_logits if is_opaque else subject.apply_features,
+        is_opaque,
+        attack,
+        subject.variables,
+        inputs,
+        keys,
+    )
+    return {**binarization.summary(jax.device_get(planted)), "attack": spec}
 
-    def features_fn(variables: Any, inputs: Array) -> Array:
-        if subject.layers == (INPUT,):
-            return subject.apply_logits(variables, inputs)
+
+def _planted_fn(
+    apply: Callable[..., Any],
+    is_opaque: bool,
+    attack: attacks.Attack,
+    variables: Any,
+    inputs: Array,
+    keys: Array,
+) -> binarization.BinarizationResult:
+    def features_fn(inputs: Array) -> Array:
+        if is_opaque:
+            logits: Array = apply(variables, inputs)
+            return logits
         # In the order of the forward pass: the last is what the head sees.
-        feature = [*subject.apply_features(variables, {}, inputs)[1].values()][-1]
+        feature = [*apply(variables, {}, inputs)[1].values()][-1]
         if feature.ndim == 4 and feature[0].size > _MAX_FEATURES:
             feature = feature.mean(axis=(1, 2))
         return feature.reshape(len(feature), -1)
 
-    @jax.jit
-    def plant(variables: Any, inputs: Array, keys: Array) -> binarization.BinarizationResult:
-        return binarization.binarization_test(
-            functools.partial(features_fn, variables), attack, keys, inputs
-        )
+    return binarization.binarization_test(features_fn, attack, keys, inputs)
 
-    keys = attacks.example_keys(key, jnp.asarray(subject.test_set.ids[:size]))
-    inputs = data.to_float(subject.test_set.images[:size])
-    found = binarization.summary(jax.device_get(plant(subject.variables, inputs, keys)))
-    return {**found, "attack": spec}
+
+_planted = jax.jit(_planted_fn, static_argnums=(0, 1, 2))

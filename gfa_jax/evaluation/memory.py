@@ -1,5 +1,6 @@
 """How much memory an evaluation needs, before it starts."""
 
+import functools
 import os
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gfa_jax import losses
-from gfa_jax.evaluation.subject import Subject
+from gfa_jax.evaluation.subject import ApplyLogits, Subject
 from gfa_jax.training import layout
 from gfa_jax.types import Array
 
@@ -46,27 +47,44 @@ def estimate(subject: Subject, batch_size: int) -> Estimate:
       subject: the classifier.
       batch_size: over all devices.
     """
-
-    @jax.jit
-    def gradient(variables: Any, inputs: Array, labels: Array) -> Array:
-        def loss(inputs: Array) -> Array:
-            return losses.margin(subject.apply_logits(variables, inputs), labels).sum()
-
-        return jax.grad(loss)(inputs)
-
     sharding = layout.split(subject.mesh)
     shape = (batch_size, *subject.test_set.image_shape)
     inputs = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
     labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=sharding)
-    program = gradient.lower(subject.variables, inputs, labels).compile().memory_analysis()
-    needed = 0
-    if program is not None:
-        needed = (
-            program.argument_size_in_bytes
-            + program.output_size_in_bytes
-            + program.temp_size_in_bytes
-        )
+    leaves, treedef = jax.tree.flatten(jax.tree.map(_shape, subject.variables))
+    needed = _needed(subject.apply_logits, treedef, tuple(leaves), inputs, labels)
     return Estimate(needed, _available(subject.mesh.devices.flat[0]))
+
+
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    array = jnp.asarray(leaf)
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+
+
+@functools.lru_cache(maxsize=16)
+def _needed(
+    apply_logits: ApplyLogits,
+    treedef: Any,
+    leaves: tuple[jax.ShapeDtypeStruct, ...],
+    inputs: jax.ShapeDtypeStruct,
+    labels: jax.ShapeDtypeStruct,
+) -> int:
+    """Returns the bytes of the gradient's program and of what it is given."""
+
+    @jax.jit
+    def gradient(variables: Any, inputs: Array, labels: Array) -> Array:
+        def loss(inputs: Array) -> Array:
+            return losses.margin(apply_logits(variables, inputs), labels).sum()
+
+        return jax.grad(loss)(inputs)
+
+    variables = jax.tree.unflatten(treedef, leaves)
+    program = gradient.lower(variables, inputs, labels).compile().memory_analysis()
+    if program is None:
+        return 0
+    return (
+        program.argument_size_in_bytes + program.output_size_in_bytes + program.temp_size_in_bytes
+    )
 
 
 def _available(device: Any) -> int | None:

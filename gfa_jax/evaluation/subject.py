@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,9 @@ from gfa_jax.types import Array, Features, PyTree, Taps
 
 INPUT = "input"
 """The only layer of a classifier whose inside is unknown."""
+
+ApplyLogits = Callable[[Any, Array], Array]
+"""``(variables, inputs [B, ...]) -> logits [B, C]``, in evaluation mode."""
 
 ApplyFeatures = Callable[[Any, Taps, Array], tuple[Array, Features]]
 """``(variables, taps, inputs [B, ...]) -> (logits [B, C], features)``, in evaluation mode."""
@@ -41,7 +45,7 @@ class Subject:
     """
 
     name: str
-    apply_logits: Callable[[Any, Array], Array]
+    apply_logits: ApplyLogits
     apply_features: ApplyFeatures
     variables: Any
     test_set: data.Dataset
@@ -54,17 +58,6 @@ class Subject:
     def put(self, batch: Mapping[str, PyTree]) -> dict[str, PyTree]:
         """Returns a batch of arrays, spread over the devices."""
         return jax.device_put(dict(batch), layout.split(self.mesh))
-
-    @functools.cached_property
-    def _judging(self) -> Callable[[Any, dict[str, Array]], tuple[Array, Array, Array]]:
-        @jax.jit
-        def judge(variables: Any, batch: dict[str, Array]) -> tuple[Array, Array, Array]:
-            logits = self.apply_logits(variables, batch["inputs"])
-            wrong = is_misclassified(logits, batch["labels"])
-            reached = jnp.argmax(logits, axis=1).astype(jnp.int32)
-            return wrong, reached, losses.margin(logits, batch["labels"]).astype(jnp.float32)
-
-        return judge
 
     def judge(
         self, inputs: np.ndarray, labels: np.ndarray, batch_size: int
@@ -86,26 +79,52 @@ class Subject:
             is_real = rows < len(inputs)
             rows = np.where(is_real, rows, 0)
             batch = self.put({"inputs": inputs[rows], "labels": labels[rows]})
-            found = jax.device_get(self._judging(self.variables, batch))
+            found = jax.device_get(_judge(self.apply_logits, self.variables, batch))
             parts.append([field[is_real] for field in found])
         wrong, predicted, margin = (np.concatenate(fields) for fields in zip(*parts, strict=True))
         return wrong, predicted, margin
 
 
-def from_run(run: loading.LoadedRun, name: str) -> Subject:
-    """Returns the model of a training run."""
+def _judge_fn(
+    apply_logits: ApplyLogits, variables: Any, batch: dict[str, Array]
+) -> tuple[Array, Array, Array]:
+    logits = apply_logits(variables, batch["inputs"])
+    wrong = is_misclassified(logits, batch["labels"])
+    reached = jnp.argmax(logits, axis=1).astype(jnp.int32)
+    return wrong, reached, losses.margin(logits, batch["labels"]).astype(jnp.float32)
+
+
+_judge = jax.jit(_judge_fn, static_argnums=0)
+
+
+@functools.lru_cache(maxsize=16)
+def _functions(module: nn.Module, layers: tuple[str, ...]) -> tuple[ApplyLogits, ApplyFeatures]:
+    """Returns the same two functions for the same network.
+
+    By their identity the programs of one evaluation are found again by the next of its kind.
+    """
 
     def apply_features(variables: Any, taps: Taps, inputs: Array) -> tuple[Array, Features]:
         params, model_state = variables
-        return run.apply(params, model_state, taps, inputs)
+        return loading.apply(module, layers, params, model_state, taps, inputs)
 
+    def apply_logits(variables: Any, inputs: Array) -> Array:
+        return apply_features(variables, {}, inputs)[0]
+
+    return apply_logits, apply_features
+
+
+def from_run(run: loading.LoadedRun, name: str) -> Subject:
+    """Returns the model of a training run."""
+    layers = tuple(run.classifier.layers)
+    apply_logits, apply_features = _functions(run.classifier.module, layers)
     return Subject(
         name=name,
-        apply_logits=lambda variables, inputs: apply_features(variables, {}, inputs)[0],
+        apply_logits=apply_logits,
         apply_features=apply_features,
         variables=(run.params, run.model_state),
         test_set=run.test_set,
-        layers=tuple(run.classifier.layers),
+        layers=layers,
         layer_norms=run.classifier.layer_norms,
         mesh=run.mesh,
         weights_hash=run.weights_hash,

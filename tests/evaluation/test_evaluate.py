@@ -68,7 +68,12 @@ def test_results_have_the_documented_fields(evaluated, workdir):
 
 def test_the_validation_split_has_a_folder_of_its_own(workdir):
     flags = evaluate.EvalFlags(
-        str(workdir), attacks="fgsm", split="validation", num_examples=20, diagnostics="off"
+        str(workdir),
+        attacks="fgsm",
+        split="validation",
+        num_examples=24,
+        batch_size=12,
+        diagnostics="off",
     )
     results = evaluate.evaluate(flags)
     assert results["data"]["split"] == "validation"
@@ -76,7 +81,7 @@ def test_the_validation_split_has_a_folder_of_its_own(workdir):
     outcomes = np.load(workdir / "eval-validation" / "outcomes.npz", allow_pickle=False)
     config = tiny_config().data
     held_out = data.load(config.name, "validation", num_validation=config.num_validation)
-    np.testing.assert_array_equal(outcomes["ids"], held_out.ids[:20])
+    np.testing.assert_array_equal(outcomes["ids"], held_out.ids[:24])
     with pytest.raises(ValueError, match="split='train' is not one of"):
         evaluate.evaluate(dataclasses.replace(flags, split="train"))
 
@@ -153,6 +158,16 @@ def test_one_attack_after_another_says_the_same_of_the_worst_case(evaluated, wor
     assert sequential["counts"][second]["num_forwards"] < results["counts"][second]["num_forwards"]
     assert sequential["robust_accuracy"][second] == sequential["robust_accuracy"]["worst_case"]
     assert sequential["first_broken_by"] == results["first_broken_by"]
+
+
+def test_a_second_evaluation_finds_its_programs_again(evaluated, workdir, tmp_path, monkeypatch):
+    def apply(*args):
+        raise AssertionError("the network is traced again")
+
+    monkeypatch.setattr(loading, "apply", apply)
+    again = evaluate.evaluate(flags_for(workdir, tmp_path))
+    assert again["robust_accuracy"] == evaluated[0]["robust_accuracy"]
+    assert again["layers"] == evaluated[0]["layers"]
 
 
 def test_more_examples_take_over_whole_chunks(evaluated, workdir, tmp_path, monkeypatch):
