@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -76,10 +75,6 @@ def run(out, logits_fn=linear, variables=WEIGHTS, **options):
     return evaluate_model(logits_fn, IMAGES, LABELS, THREAT, out, variables=variables, **options)
 
 
-def status_of(results, identifier):
-    return {entry["id"]: entry["status"] for entry in results["diagnostics"]}[identifier]
-
-
 def test_three_classes_are_fewer_than_the_targets_asked_for(tmp_path):
     results = run(tmp_path, diagnostics="off")
     assert results["clean_accuracy"] == 1
@@ -98,14 +93,10 @@ def test_other_weights_are_refused(tmp_path):
         run(tmp_path, variables=WEIGHTS + 1, diagnostics="off")
 
 
-def test_probabilities_and_nan_are_flagged(tmp_path):
-    soft = run(tmp_path / "soft", lambda weights, inputs: jax.nn.softmax(linear(weights, inputs)))
-    assert status_of(soft, "D22") == "FAIL"
-
+def test_nan_is_never_right(tmp_path):
     def broken(weights, inputs):
         logits = linear(weights, inputs)
         return jnp.where(jnp.arange(len(inputs))[:, None] % 2 == 0, jnp.nan, logits)
 
-    # NaN is never right: half of the images are wrong without an attack.
     found = run(tmp_path / "nan", broken, diagnostics="off")
     assert found["clean_accuracy"] == 0.5
