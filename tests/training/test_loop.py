@@ -72,7 +72,7 @@ def test_a_run_writes_config_metrics_and_checkpoints(uninterrupted):
     assert final_model(workdir, tiny_config()).step == 12
 
 
-@pytest.mark.parametrize("stops", [(5,), (3, 6, 11)])
+@pytest.mark.parametrize("stops", [(5,), pytest.param((3, 6, 11), marks=pytest.mark.slow)])
 def test_a_resumed_run_is_bit_identical(uninterrupted, tmp_path, stops):
     workdir, result = uninterrupted
     for stop in stops:
@@ -94,7 +94,7 @@ def test_a_finished_run_is_not_trained_again(uninterrupted):
     chex.assert_trees_all_equal(final_model(workdir, tiny_config()), before)
 
 
-@pytest.mark.parametrize("placement", ["device", "stream"])
+@pytest.mark.parametrize("placement", [pytest.param("device", marks=pytest.mark.slow), "stream"])
 def test_where_the_data_lies_changes_nothing(uninterrupted, tmp_path, placement):
     """Also when a run moves on to another placement."""
     workdir, result = uninterrupted
@@ -106,6 +106,7 @@ def test_where_the_data_lies_changes_nothing(uninterrupted, tmp_path, placement)
     )
 
 
+@pytest.mark.slow
 def test_how_a_run_computes_may_be_chosen(tmp_path):
     """Accumulation, averages, bfloat16 and rematerialisation together, stopped and resumed."""
     options = {

@@ -83,6 +83,7 @@ def table(printed, num_rows):
 SMOKE = ("--config=configs/smoke.py", "--config.attack.name=none")
 
 
+@pytest.mark.slow
 def test_the_command_compiles_in_processes_of_their_own(tmp_path):
     """The caller touches no device: it works where JAX has none of the platform asked for."""
     command = [sys.executable, "-m", "gfa_jax.training.scaling", *SMOKE, "--devices=4,8"]

@@ -76,11 +76,15 @@ OBJECTIVES = {
     ),
 }
 
+TWINS = ("gfa_sampled", "tangential")
+"""They compile as long as the others, which are made of the same parts."""
+
 
 @pytest.mark.parametrize(
     ("name", "fsdp"),
     [
-        *((name, 1) for name in OBJECTIVES if name != "pgd_at_without_draws"),
+        *((name, 1) for name in OBJECTIVES if name not in ("pgd_at_without_draws", *TWINS)),
+        *(pytest.param(name, 1, marks=pytest.mark.slow) for name in TWINS),
         ("gfa_exact", 2),
         ("gfa_exact", 4),
     ],
