@@ -85,7 +85,10 @@ def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32(name, homoge
     assert not np.array_equal(logits, logits.astype(jnp.bfloat16).astype(jnp.float32))
 
 
-@pytest.mark.parametrize(("name", "homogeneous"), GRADIENT_FORMS)
+@pytest.mark.parametrize(
+    ("name", "homogeneous"),
+    [("cnn4", True), *(pytest.param(*form, marks=pytest.mark.slow) for form in FORMS[1:])],
+)
 def test_bfloat16_has_nearly_the_second_order_gradient(name, homogeneous, key):
     """Measured: .999 and more, but .947 for a BatchNorm network of few channels."""
     _, params, model_state = initialize(name, homogeneous, key)
@@ -121,7 +124,11 @@ def test_rematerialised_blocks_change_nothing(name, homogeneous, key):
 
 @pytest.mark.parametrize(
     ("name", "homogeneous", "most"),
-    [("cnn4", True, 0.85), ("preact_resnet18", False, 0.7), ("vit_tiny", False, 0.5)],
+    [
+        ("cnn4", True, 0.85),
+        ("preact_resnet18", False, 0.7),
+        pytest.param("vit_tiny", False, 0.5, marks=pytest.mark.slow),
+    ],
 )
 def test_rematerialised_blocks_keep_less_for_the_double_backward(
     name, homogeneous, most, key, capsys
@@ -146,8 +153,10 @@ def test_rematerialised_blocks_keep_less_for_the_double_backward(
 
 @pytest.mark.parametrize(
     "objective",
-    [objectives.cross_entropy(), OBJECTIVE],
-    ids=["cross_entropy", "gfa"],
+    [
+        pytest.param(objectives.cross_entropy(), id="cross_entropy", marks=pytest.mark.slow),
+        pytest.param(OBJECTIVE, id="gfa"),
+    ],
 )
 def test_batch_norm_sees_the_whole_batch_of_mapped_devices(objective, key):
     """Each device's share of the mean gradient adds up to that of the whole batch."""
