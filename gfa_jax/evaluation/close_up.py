@@ -24,12 +24,14 @@ _SHOWN_EXAMPLES = 8
 
 def _measure_fn(
     apply_features: ApplyFeatures,
-    setting: tuple[str, tuple[tuple[str, str], ...], ThreatModel, str],
+    threat: ThreatModel,
+    layer: str,
+    layer_norms: tuple[tuple[str, str], ...],
+    shown_spec: str,
     variables: Any,
     batch: dict[str, Any],
     key: Array,
 ) -> dict[str, Any]:
-    layer, layer_norms, threat, shown_spec = setting
     inputs, labels = data.to_float(batch["inputs"]), batch["labels"]
     apply_fn = functools.partial(apply_features, variables)
     return {
@@ -58,7 +60,7 @@ def _measure_fn(
     }
 
 
-_measure = jax.jit(_measure_fn, static_argnums=(0, 1))
+_measure = jax.jit(_measure_fn, static_argnums=(0, 1, 2, 3, 4))
 
 
 def close_up(
@@ -99,11 +101,13 @@ def close_up(
         "labels": batch["labels"],
         "adversarial": {spec: padded(values) for spec, values in images.items()},
     }
-    layer_norms = tuple(sorted(subject.layer_norms.items()))
     measured = jax.device_get(
         _measure(
             subject.apply_features,
-            (layer, layer_norms, threat, shown_spec),
+            threat,
+            layer,
+            tuple(sorted(subject.layer_norms.items())),
+            shown_spec,
             subject.variables,
             subject.put(given),
             key,

@@ -219,6 +219,8 @@ def _settings(
 def _evaluate(
     model: subject.Subject, threat: ThreatModel, settings: _Settings, out: pathlib.Path
 ) -> dict[str, Any]:
+    # Compiled programs are found again by the threat model's value, which an array has not.
+    threat = dataclasses.replace(threat, epsilon=float(threat.epsilon))
     built = {
         spec: _built(name, threat, tuple(options.items()))
         for spec, (name, options) in settings.specs.items()

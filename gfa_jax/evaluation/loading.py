@@ -67,7 +67,19 @@ def apply(
     tap_values: Taps,
     inputs: Array,
 ) -> tuple[Array, Features]:
-    """Returns ``(logits, features)`` of a network in evaluation mode, with these layers tapped."""
+    """Applies a network in evaluation mode.
+
+    Args:
+      module: the classifier.
+      layers: its taps.
+      params: parameters.
+      model_state: other variables.
+      tap_values: added to the features of some taps, each of the feature's shape; or empty.
+      inputs: images in [0, 1], float ``[B, H, W, C]``.
+
+    Returns:
+      ``(logits [B, classes], features)``, the feature of every tap by name.
+    """
     model = taps.linen_model(module, model_state, layers=layers)
     return model(params, tap_values, inputs, train=False)[0]
 

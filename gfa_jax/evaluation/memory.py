@@ -56,9 +56,8 @@ def estimate(subject: Subject, batch_size: int) -> Estimate:
     return Estimate(needed, _available(subject.mesh.devices.flat[0]))
 
 
-def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
-    array = jnp.asarray(leaf)
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+def _shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
 @functools.lru_cache(maxsize=16)

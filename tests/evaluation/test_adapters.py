@@ -31,9 +31,10 @@ def test_every_framework_has_an_example():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_example_evaluates_its_model(framework, tmp_path, monkeypatch):
     pytest.importorskip(MODULES[framework], reason=f"{framework} is an extra of the tests")
+    without_diagnostics = functools.partial(evaluation.evaluate_model, diagnostics="off")
     if framework != "Flax linen":
         # Diagnostics see the same function of arrays, whatever it comes from, and compile long.
-        _without_diagnostics(monkeypatch)
+        monkeypatch.setattr(evaluation, "evaluate_model", without_diagnostics)
     rng = np.random.default_rng(0)
     images = rng.uniform(size=(12, 8, 8, 1)).astype(np.float32)
     names = {"images": images, "labels": np.zeros(12, np.int32), "folder": tmp_path / "zeros"}
@@ -47,14 +48,9 @@ def test_the_example_evaluates_its_model(framework, tmp_path, monkeypatch):
     # The classes that the untrained model predicts are right by definition.
     labels = outcomes["predicted"].astype(int)
     labels[0] = (labels[0] + 1) % 10
-    _without_diagnostics(monkeypatch)
+    monkeypatch.setattr(evaluation, "evaluate_model", without_diagnostics)
     exec(example, {**names, "labels": labels, "folder": tmp_path / "predicted"})
     again = json.loads((tmp_path / "predicted" / "results.json").read_text())
     assert again["clean_accuracy"] == pytest.approx(11 / 12)
     assert again["robust_accuracy"]["worst_case"] < 11 / 12
     assert again["weights_hash"] == results["weights_hash"]
-
-
-def _without_diagnostics(monkeypatch):
-    quick = functools.partial(evaluation.evaluate_model, diagnostics="off")
-    monkeypatch.setattr(evaluation, "evaluate_model", quick)

@@ -1,5 +1,6 @@
 """Tests of classifiers that this project did not train: refusals, and what is flagged."""
 
+import dataclasses
 import functools
 
 import jax.numpy as jnp
@@ -70,9 +71,9 @@ def test_bad_arguments_write_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def run(out, logits_fn=linear, variables=WEIGHTS, **options):
+def run(out, logits_fn=linear, variables=WEIGHTS, threat=THREAT, **options):
     options = {"attacks": "apgd-t:num_steps=3,deepfool:num_steps=5", "batch_size": 12, **options}
-    return evaluate_model(logits_fn, IMAGES, LABELS, THREAT, out, variables=variables, **options)
+    return evaluate_model(logits_fn, IMAGES, LABELS, threat, out, variables=variables, **options)
 
 
 def test_three_classes_are_fewer_than_the_targets_asked_for(tmp_path):
@@ -98,5 +99,8 @@ def test_nan_is_never_right(tmp_path):
         logits = linear(weights, inputs)
         return jnp.where(jnp.arange(len(inputs))[:, None] % 2 == 0, jnp.nan, logits)
 
-    found = run(tmp_path / "nan", broken, diagnostics="off")
+    # An epsilon computed by JAX serves as well.
+    threat = dataclasses.replace(THREAT, epsilon=jnp.float32(THREAT.epsilon))
+    found = run(tmp_path, broken, threat=threat, diagnostics="off")
     assert found["clean_accuracy"] == 0.5
+    assert found["threat"]["epsilon"] == pytest.approx(THREAT.epsilon)

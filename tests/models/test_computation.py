@@ -16,10 +16,8 @@ SHAPES = {"cnn4": (16, 8, 8, 1), "preact_resnet18": (16, 16, 16, 3), "vit_tiny":
 FORMS = [("cnn4", True), ("preact_resnet18", True), ("preact_resnet18", False), ("vit_tiny", False)]
 # Gradients take long to compile.
 GRADIENT_FORMS = [
-    ("cnn4", True),
-    ("preact_resnet18", False),
-    pytest.param("preact_resnet18", True, marks=pytest.mark.slow),
-    pytest.param("vit_tiny", False, marks=pytest.mark.slow),
+    FORMS[0],
+    *(pytest.param(*form, marks=pytest.mark.slow) for form in FORMS[1:]),
 ]
 OBJECTIVE = objectives.gfa(1.0, target="log_odds", form="linear")
 
@@ -85,10 +83,7 @@ def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32(name, homoge
     assert not np.array_equal(logits, logits.astype(jnp.bfloat16).astype(jnp.float32))
 
 
-@pytest.mark.parametrize(
-    ("name", "homogeneous"),
-    [("cnn4", True), *(pytest.param(*form, marks=pytest.mark.slow) for form in FORMS[1:])],
-)
+@pytest.mark.parametrize(("name", "homogeneous"), GRADIENT_FORMS)
 def test_bfloat16_has_nearly_the_second_order_gradient(name, homogeneous, key):
     """Measured: .999 and more, but .947 for a BatchNorm network of few channels."""
     _, params, model_state = initialize(name, homogeneous, key)
