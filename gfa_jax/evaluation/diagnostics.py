@@ -314,7 +314,8 @@ def diagnose(
       box: the epsilon at which the ball holds the whole box.
       epsilon: the radius of ``robust``, for D21.
       norm: of the threat; D6 compares attacks that make it small. By default it compares all.
-      zero_gradient_share: share of gradient evaluations of the attacks that were exactly zero.
+      zero_gradient_share: share of the attacks' gradients that were exactly zero, of images that
+        resisted.
       num_classes: for D4 at half the box; classes are taken to be equally frequent.
       probes: from ``probing.measure``, of the first of the examples of ``minimum_norms``.
       binarization: the test of planted adversarial examples: ``asr``, the share that the attack

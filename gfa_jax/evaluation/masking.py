@@ -59,10 +59,6 @@ def diagnose(
     if level != "off":
         probed["probes"] = _probe(subject, threat, key, batch_size, level, worst)
         probed["binarization"] = _plant(subject, key, built, level)
-    zero, total = (
-        sum(int(outcome[field].sum()) for outcome in outcomes.values())
-        for field in ("num_zero_gradients", "num_backwards")
-    )
     judged = diagnostics.diagnose(
         robust,
         curves={
@@ -73,7 +69,7 @@ def diagnose(
         box=box_radius(threat.norm, threat.bounds, subject.test_set.image_shape),
         epsilon=float(threat.epsilon),
         norm=threat.norm,
-        zero_gradient_share=zero / max(total, 1),
+        zero_gradient_share=zero_gradient_share(outcomes),
         num_classes=subject.test_set.num_classes,
         minimum_norms={
             spec: (outcome["success"], outcome["distance"], clean_correct)
@@ -88,6 +84,22 @@ def diagnose(
         **probed,
     )
     return judged, probed
+
+
+def zero_gradient_share(outcomes: Mapping[str, Outcome]) -> float:
+    """Returns the share of gradients that were exactly zero where the attack failed.
+
+    Where it succeeded they say nothing: losses may be flat at points that are wrong already, as the
+    DLR is where the true class comes third.
+
+    Args:
+      outcomes: of each attack, with ``success``, ``num_zero_gradients`` and ``num_backwards``.
+    """
+    zero, total = (
+        sum(int(outcome[field][~outcome["success"]].sum()) for outcome in outcomes.values())
+        for field in ("num_zero_gradients", "num_backwards")
+    )
+    return zero / max(total, 1)
 
 
 def _probe(
