@@ -174,7 +174,7 @@ def _environment(gathered: Gathered) -> str:
 def _tested_table(study: plan.Study, gathered: Gathered, tested: Gathered) -> list[str]:
     specs = plan.attacks_of(study.protocol)
     standard = tested.get(study.standard)
-    header = ["training", "seeds", "time", "FLOPs", "clean"]
+    header = ["training", "seeds", "FLOPs", "clean"]
     header += [_title(spec) for spec in specs["paper"]]
     header += [f"{_title(spec)}, {study.protocol.distance_norm}" for spec in specs["distances"]]
     header += [_title(spec) for spec in specs["honest"]]
@@ -183,7 +183,7 @@ def _tested_table(study: plan.Study, gathered: Gathered, tested: Gathered) -> li
     for name, some in tested.items():
         tests = [record["test"] for record in some]
         cells = [study.trials[name].label, _seeds(study, name, gathered, len(some))]
-        cells += _costs(some, standard)
+        cells.append(_cost(some, standard))
         cells.append(_accuracy([one["clean_accuracy"] for one in tests], tests))
         cells += [
             _accuracy([one["robust_accuracy"][spec] for one in tests], tests)
@@ -208,8 +208,8 @@ def _tested_table(study: plan.Study, gathered: Gathered, tested: Gathered) -> li
         "such papers report, its multiple of standard training's, and how often they succeeded "
         "where that is not always. Honest protocol: "
         f"{_listed(specs['honest'])}. The worst case is over the attacks within epsilon of both. "
-        "Time: of training, as a multiple of standard training's (trainings may have shared the "
-        "machine); FLOPs likewise, of products and convolutions as this backend makes them. "
+        "FLOPs: of training, as a multiple of standard training's, of products and convolutions as "
+        "this backend makes them. "
         "Diagnostics in bold make the accuracies upper bounds."
     )
     return [_table(header, rows), note]
@@ -218,7 +218,7 @@ def _tested_table(study: plan.Study, gathered: Gathered, tested: Gathered) -> li
 def _search_table(study: plan.Study, gathered: Gathered) -> list[str]:
     specs = plan.attacks_of(study.protocol)["validation"]
     standard = gathered.get(study.standard)
-    header = ["trial", "why", "seeds", "time", "FLOPs", "clean"]
+    header = ["trial", "why", "seeds", "FLOPs", "clean"]
     header += [_title(spec) for spec in specs]
     header.append("what came of it")
     rows = []
@@ -229,7 +229,7 @@ def _search_table(study: plan.Study, gathered: Gathered) -> list[str]:
         judged = [record["validation"] for record in some if "validation" in record]
         cells = [f"`{name}`: {trial.label}", trial.hypothesis or "baseline"]
         cells.append(_seeds(study, name, gathered, len(judged)))
-        cells += _costs(some, standard)
+        cells.append(_cost(some, standard))
         if judged:
             cells.append(_accuracy([one["clean_accuracy"] for one in judged], judged))
             cells += [
@@ -249,8 +249,8 @@ def _search_table(study: plan.Study, gathered: Gathered) -> list[str]:
         + (f", the first {every[0]['validation']['num_examples']} of them" if every else "")
         + "; test images chose nothing. Attacks follow one another on what is left, so that each "
         f"column is the worst case so far: {_listed(specs)}. In brackets intervals of 95 % over "
-        "images; +- is the standard deviation over seeds. Time and FLOPs are multiples of standard "
-        "training's; trainings may have shared the machine, so FLOPs are the better guide."
+        "images; +- is the standard deviation over seeds. FLOPs are multiples of standard "
+        "training's."
     )
     return [_table(header, rows), note]
 
@@ -345,24 +345,22 @@ def _seeds(study: plan.Study, name: str, gathered: Gathered, num_judged: int) ->
     return f"{text}, {failed} failed" if failed else text
 
 
-def _costs(some: Sequence[Record], standard: Sequence[Record] | None) -> list[str]:
-    """Returns time and operations of a training, as multiples of the standard one's."""
+def _cost(some: Sequence[Record], standard: Sequence[Record] | None) -> str:
+    """Returns the operations of a training, as a multiple of the standard one's.
 
-    def mean(found: Sequence[Record], what: str) -> float | None:
+    Not its time: records come from different machines.
+    """
+
+    def mean(found: Sequence[Record]) -> float | None:
         values = [
-            record["training"]["seconds"]
-            if what == "seconds"
-            else record["step_flops"] * record["config"]["train_steps"]
+            record["step_flops"] * record["config"]["train_steps"]
             for record in found
             if "training" in record
         ]
         return statistics.mean(values) if values else None
 
-    cells = []
-    for what in ("seconds", "flops"):
-        value, unit = mean(some, what), mean(standard or [], what)
-        cells.append(f"{value / unit:.2f}" if value is not None and unit else "-")
-    return cells
+    value, unit = mean(some), mean(standard or [])
+    return f"{value / unit:.2f}" if value is not None and unit else "-"
 
 
 def _accuracy(values: Sequence[float], evaluations: Sequence[Mapping[str, Any]]) -> str:
