@@ -193,8 +193,10 @@ class TestStandard:
                     broken = broken & (alone.distance <= np.float32(epsilon))
                 first = left & broken
                 np.testing.assert_array_equal(whole.members[name], first)
-                np.testing.assert_array_equal(whole.adv_inputs[first], alone.adv_inputs[first])
-                np.testing.assert_array_equal(whole.distance[first], alone.distance[first])
+                # Two programs may round differently.
+                for field in ("adv_inputs", "distance"):
+                    one, other = (getattr(of, field)[first] for of in (whole, alone))
+                    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
                 # Later targets are skipped alike, and Square counts its queries.
                 total += np.where(left, alone.num_forwards, 0)
                 left &= ~broken
