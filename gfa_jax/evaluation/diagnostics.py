@@ -53,19 +53,21 @@ def _name_of(attack: str) -> str:
     return attack.split(":")[0]
 
 
-def _black_box_gain(robust: Mapping[str, np.ndarray]) -> tuple[float | None, float]:
+def _black_box_gain(
+    robust: Mapping[str, np.ndarray], black_box: Sequence[np.ndarray]
+) -> tuple[float | None, float]:
     """Returns the share of examples that Square alone breaks, and what is tolerated.
 
     AutoAttack warns from 0.2 %; one example is tolerated.
     """
     named = [(_name_of(attack), value) for attack, value in robust.items()]
     gradient = [value for name, value in named if name in _ITERATIVE]
-    square = [value for name, value in named if name == "square"]
-    if not gradient or not square:
+    square = [~value for name, value in named if name == "square"] if gradient else []
+    found = [*square, *black_box]
+    if not found:
         return None, 0.002
-    left = np.logical_and.reduce(gradient)
-    alone = left & ~np.logical_and.reduce(square)
-    return float(np.mean(alone)), max(0.002, 1 / len(left))
+    alone = np.logical_and.reduce([np.logical_or.reduce(found), *gradient])
+    return float(np.mean(alone)), max(0.002, 1 / len(alone))
 
 
 def _rise(curves: Mapping[str, Curve], n: int | None) -> judgement.Diagnostic:
@@ -299,6 +301,7 @@ def diagnose(
     transfer: Mapping[str, np.ndarray] | None = None,
     references: Mapping[str, Mapping[str, Any]] | None = None,
     reference_accuracies: Mapping[str, float] | None = None,
+    black_box: Sequence[np.ndarray] = (),
 ) -> list[judgement.Diagnostic]:
     """Returns all diagnostics, in the order of ``judgement.NAMES``; what is missing is NA.
 
@@ -314,8 +317,8 @@ def diagnose(
       box: the epsilon at which the ball holds the whole box.
       epsilon: the radius of ``robust``, for D21.
       norm: of the threat; D6 compares attacks that make it small. By default it compares all.
-      zero_gradient_share: share of the attacks' gradients that were exactly zero, of images that
-        resisted.
+      zero_gradient_share: share of the attacks' gradients that were exactly zero, each attack's on
+        the examples that it did not break.
       num_classes: for D4 at half the box; classes are taken to be equally frequent.
       probes: from ``probing.measure``, of the first of the examples of ``minimum_norms``.
       binarization: the test of planted adversarial examples: ``asr``, the share that the attack
@@ -327,6 +330,8 @@ def diagnose(
       references: ``probes`` of models known to be sound, such as one without defence and one
         trained with PGD, by name: D11 and D15 are compared with them.
       reference_accuracies: what the attacks left of those models, by name, for D24.
+      black_box: for each ensemble that ends with Square, bool ``[N]``: which examples Square broke
+        that the members before it did not, for D5.
 
     Returns:
       Dicts of ``id``, ``name``, ``value`` (``None`` where there is no finite one), ``threshold``
@@ -362,7 +367,7 @@ def diagnose(
         _large_radius(curves, curve_examples, box, num_classes, minimum_norms),
         judgement.judge(
             "D5",
-            *_black_box_gain(robust),
+            *_black_box_gain(robust, black_box),
             size,
             "Square, which uses no gradients, should break nothing that gradient attacks do not. "
             "If it does, gradients are masked or the gradient attacks too weak.",

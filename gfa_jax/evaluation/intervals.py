@@ -5,6 +5,8 @@ randomness of training, nor of attacks that are too weak.
 """
 
 import math
+import statistics
+from collections.abc import Sequence
 
 import numpy as np
 import scipy.stats  # type: ignore[import-untyped]
@@ -36,6 +38,55 @@ def wilson(num_successes: int, num_trials: int, confidence: float = 0.95) -> tup
         confidence, method="wilson"
     )
     return float(found.low), float(found.high)
+
+
+def unpaired_difference(
+    left: tuple[int, int], right: tuple[int, int], confidence: float = 0.95
+) -> tuple[float, float]:
+    """Returns the interval of the difference of two independent proportions, left less right.
+
+    Wilson's intervals of both are squared and added. For two classifiers on the same examples it is
+    wider than ``paired_difference``, which needs to know who was right where.
+
+    Source: Newcombe 1998, Statistics in Medicine 17, 873-890, method 10.
+
+    Args:
+      left: of the first, successes and trials.
+      right: of the second.
+      confidence: in (0, 1).
+
+    Raises:
+      ValueError: for arguments out of range.
+    """
+    left_low, left_high = wilson(*left, confidence)
+    right_low, right_high = wilson(*right, confidence)
+    one, other = (successes / trials for successes, trials in (left, right))
+    return (
+        one - other - math.hypot(one - left_low, right_high - other),
+        one - other + math.hypot(left_high - one, other - right_low),
+    )
+
+
+def mean(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
+    """Returns Student's interval of the mean of what several trainings gave.
+
+    Args:
+      values: one for each training.
+      confidence: in (0, 1).
+
+    Returns:
+      ``(low, high)``; ``None`` for fewer than two values, which do not tell.
+
+    Raises:
+      ValueError: for a confidence out of range.
+    """
+    _check_confidence(confidence)
+    if len(values) < 2:
+        return None
+    quantile = scipy.stats.t.ppf((1 + confidence) / 2, len(values) - 1)
+    half = float(quantile) * statistics.stdev(values) / math.sqrt(len(values))
+    center = statistics.mean(values)
+    return center - half, center + half
 
 
 def paired_test(left: np.ndarray, right: np.ndarray) -> float:

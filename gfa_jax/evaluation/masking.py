@@ -70,6 +70,11 @@ def diagnose(
         epsilon=float(threat.epsilon),
         norm=threat.norm,
         zero_gradient_share=zero_gradient_share(outcomes),
+        black_box=[
+            outcomes[spec]["members/square"]
+            for spec, attack in built.items()
+            if isinstance(attack, attacks.Ensemble) and list(attack.parts())[1:][-1:] == ["square"]
+        ],
         num_classes=subject.test_set.num_classes,
         minimum_norms={
             spec: (outcome["success"], outcome["distance"], clean_correct)

@@ -75,8 +75,8 @@ def alignment_and_robustness(series: Series) -> bytes:
                 color=color,
                 label=label if number == 0 else None,
             )
-    left.set(xlabel="alignment at the input", ylabel="worst-case accuracy")
-    right.set(xlabel="alignment of hidden layers")
+    left.set(xlabel="alignment at the input (margin)", ylabel="worst-case accuracy")
+    right.set(xlabel="alignment of hidden layers (log-odds)")
     right.legend(fontsize=7, frameon=False)
     return _png(figure)
 

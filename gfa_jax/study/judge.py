@@ -35,6 +35,7 @@ class Judge:
     def __init__(self) -> None:
         """Starts without any."""
         self._functions: dict[Any, Callable[..., Any]] = {}
+        self._alignments: dict[Any, Callable[..., tuple[Array, Array]]] = {}
         self._attacks: dict[tuple[str, ThreatModel], Any] = {}
 
     def accuracies(
@@ -104,13 +105,16 @@ class Judge:
           Lists of one length: ``alignment`` at the input, in the norm of the threat model whatever
           the training's; ``linear``, the radius by the identity in units of the input (with the
           mean standard deviation of the normalisation); and ``measured``, DeepFool's distance in
-          that norm, ``None`` where it finds nothing.
+          that norm, ``None`` where it finds nothing. Beside them that ``norm``, ``num_examples``
+          and ``data``.
         """
         threat, right = run.classifier.threat, self.is_right(run, batch_size)
         found = self.attack(run, "deepfool", threat, right, batch_size)
-        inputs = data.to_float(run.test_set.images[right])
-        labels = jnp.asarray(run.test_set.labels[right])
-        aligned, linear = _alignment_and_radius(run, inputs, labels)
+        measured = [
+            [np.asarray(value)[batch["mask"]] for value in self._measure(run, batch)]
+            for batch in data.eval_batches(run.test_set, batch_size)
+        ]
+        aligned, linear = (np.concatenate(parts)[right] for parts in zip(*measured, strict=True))
         distance = np.where(np.asarray(found.success), np.asarray(found.distance), np.nan)[right]
         return {
             "norm": threat.norm,
@@ -124,10 +128,11 @@ class Judge:
 
     def is_right(self, run: loading.LoadedRun, batch_size: int) -> np.ndarray:
         """Returns which examples are classified correctly, bool ``[N]``."""
-        logits = [
-            self._apply(run)(_variables(run), data.to_float(batch["inputs"]))[batch["mask"]]
-            for batch in data.eval_batches(run.test_set, batch_size)
-        ]
+        with jax.default_matmul_precision("highest"):
+            logits = [
+                self._apply(run)(_variables(run), data.to_float(batch["inputs"]))[batch["mask"]]
+                for batch in data.eval_batches(run.test_set, batch_size)
+            ]
         predicted = np.concatenate([np.argmax(np.asarray(one), axis=1) for one in logits])
         right: np.ndarray = predicted == run.test_set.labels
         return right
@@ -177,25 +182,30 @@ class Judge:
             module, jax.jit(lambda variables, inputs: module.apply(variables, inputs, train=False))
         )
 
+    def _measure(self, run: loading.LoadedRun, batch: dict[str, np.ndarray]) -> tuple[Array, Array]:
+        """Returns ``a`` and, in units of the input, ``|h|_p a``; each ``[B]``."""
+        key = (run.classifier.module, run.classifier.layers[0], run.classifier.threat.norm)
+        measure = self._alignments.setdefault(key, jax.jit(_alignment_and_radius(run)))
+        with jax.default_matmul_precision("highest"):
+            return measure(
+                run.params, run.model_state, data.to_float(batch["inputs"]), batch["labels"]
+            )
 
-def _alignment_and_radius(
-    run: loading.LoadedRun, inputs: Array, labels: Array
-) -> tuple[Array, Array]:
-    """Returns ``a`` and, in units of the input, ``|h|_p a``; each ``[B]``."""
-    layer, norm = run.classifier.layers[0], run.classifier.threat.norm
 
-    def apply_fn(taps: Taps, inputs: Array) -> tuple[Array, Features]:
-        return run.apply(run.params, run.model_state, taps, inputs)
+def _alignment_and_radius(run: loading.LoadedRun) -> Callable[..., tuple[Array, Array]]:
+    """Returns a function that depends on the run's architecture and norm alone."""
+    layer, norm, apply = run.classifier.layers[0], run.classifier.threat.norm, run.apply
+    scale = float(np.mean(run.config.model.input_std))
 
-    @jax.jit
-    def measure(inputs: Array, labels: Array) -> tuple[Array, Array]:
+    def measure(params: Any, model_state: Any, inputs: Array, labels: Array) -> tuple[Array, Array]:
+        def apply_fn(taps: Taps, inputs: Array) -> tuple[Array, Features]:
+            return apply(params, model_state, taps, inputs)
+
         _, features, grads = taps_lib.feature_gradients(apply_fn, inputs, labels, target="margin")
         aligned = alignment.alignment(features[layer], grads[layer], norm)
         return aligned, scale * norms.vector_norm(features[layer], norm) * aligned
 
-    scale = float(np.mean(run.config.model.input_std))
-    aligned, linear = measure(inputs, labels)
-    return aligned, linear
+    return measure
 
 
 def _variables(run: loading.LoadedRun) -> dict[str, Any]:

@@ -97,14 +97,8 @@ def render(study: plan.Study, gathered: Gathered, command: str, pictures: Mappin
             f"![{text}]({pictures[name]})" for name, text in _CAPTIONS.items() if name in pictures
         ]
     parts += ["## The search", *_search_table(study, gathered)]
-    missing = [
-        f"`{name}`, seed {seed}"
-        for name, trial in study.trials.items()
-        for seed in trial.seeds
-        if not any(_is_whole(record, study, name, seed) for record in gathered[name])
-    ]
-    if missing:
-        parts += ["## Not run yet", "; ".join(missing) + "."]
+    if missing := _missing(study, gathered):
+        parts += ["## Still to do", "; ".join(missing) + "."]
     return "\n\n".join(parts) + "\n"
 
 
@@ -112,8 +106,11 @@ _CAPTIONS = {
     "curves": "Accuracy against the radius of an attack with gradients and one without",
     "distances": "Share of right images that a minimum-norm attack breaks within a distance, "
     "of each training's first seed",
-    "alignment": "Alignment (means over images) against worst-case accuracy, a dot a trained model",
-    "shares": "Tangential share of perturbations at every layer",
+    "alignment": "Alignment against worst-case accuracy, a dot a trained model: at the input, the "
+    "mean over right images of the alignment with the margin's gradient in the threat's dual norm; "
+    "in hidden layers, the mean over layers and the first batch of images of the cosine with the "
+    "gradient of the log-odds",
+    "shares": "Tangential share of perturbations at every layer, over the first batch of images",
     "radii": "The radius that alignment promises against that which DeepFool finds, a dot an image",
     "surfaces": "Median log-odds, of each training's first seed, along the most successful attack "
     "(vertical) and a random direction, over images that it breaks; the black line is the decision "
@@ -153,32 +150,41 @@ def _with(gathered: Gathered, stage: str) -> dict[str, list[Record]]:
     return {name: some for name, some in found.items() if some}
 
 
-def _is_whole(record: Record, study: plan.Study, name: str, seed: int) -> bool:
-    stages = plan.stages(study.trials[name], study.protocol)
-    is_done = bool(record.get("failure")) or all(stage in record for stage in stages)
-    return record["seed"] == seed and is_done
+def _missing(study: plan.Study, gathered: Gathered) -> list[str]:
+    """Returns what is not trained, or not judged by every stage."""
+    missing = []
+    for name, trial in study.trials.items():
+        records_of = {record["seed"]: record for record in gathered[name]}
+        for seed in trial.seeds:
+            record = records_of.get(seed, {})
+            stages = [stage for stage in plan.stages(trial, study.protocol) if stage not in record]
+            if not stages or record.get("failure"):
+                continue
+            what = f" ({', '.join(stages)})" if "validation" in record else ""
+            missing.append(f"`{name}`, seed {seed}{what}")
+    return missing
 
 
 def _environment(gathered: Gathered) -> str:
     """Returns which versions and devices trained and judged."""
     seen = dict.fromkeys(
-        f"jax {record['environment']['jax']}, Python {record['environment']['python']}, "
-        f"{record['environment']['devices']}"
-        for some in gathered.values()
-        for record in some
-        if "environment" in record
+        f"jax {found['environment']['jax']}, Python {found['environment']['python']}, "
+        f"{found['environment']['devices']}"
+        for record in itertools.chain(*gathered.values())
+        for found in (record, *(record.get(stage, {}) for stage in plan.STAGES))
+        if "environment" in found
     )
     return f"Trained and judged with {'; '.join(seen)}." if seen else ""
 
 
 def _tested_table(study: plan.Study, gathered: Gathered, tested: Gathered) -> list[str]:
     specs = plan.attacks_of(study.protocol)
-    standard = tested.get(study.standard)
+    standard = gathered.get(study.standard)
     header = ["training", "seeds", "FLOPs", "clean"]
     header += [_title(spec) for spec in specs["paper"]]
     header += [f"{_title(spec)}, {study.protocol.distance_norm}" for spec in specs["distances"]]
     header += [_title(spec) for spec in specs["honest"]]
-    header += ["**worst case**", "diagnostics that fail"]
+    header += ["**worst case**", "diagnostics"]
     rows = []
     for name, some in tested.items():
         tests = [record["test"] for record in some]
@@ -210,7 +216,8 @@ def _tested_table(study: plan.Study, gathered: Gathered, tested: Gathered) -> li
         f"{_listed(specs['honest'])}. The worst case is over the attacks within epsilon of both. "
         "FLOPs: of training, as a multiple of standard training's, of products and convolutions as "
         "this backend makes them. "
-        "Diagnostics in bold make the accuracies upper bounds."
+        "Diagnostics: those that fail in any seed, and of those that would make the accuracies "
+        "upper bounds (in bold) also those that nothing was measured for."
     )
     return [_table(header, rows), note]
 
@@ -256,54 +263,91 @@ def _search_table(study: plan.Study, gathered: Gathered) -> list[str]:
 
 
 def _claims(study: plan.Study, gathered: Gathered, tested: Gathered) -> list[str]:
-    header = ["claim", "claimed", "measured so", "reproduced", "worst case, ours and baseline"]
+    header = ["claim", "claimed", "holds from", "measured so", "95 % interval", "seeds", "holds"]
+    header.append("worst case, ours and baseline")
     rows = []
     for claim in study.claims:
-        ours, baseline = tested.get(claim.ours, []), tested.get(claim.baseline, [])
         title = (
             f"{claim.text} ({study.trials[claim.ours].label} against "
             f"{study.trials[claim.baseline].label}, `{claim.attack}`)"
         )
-        failed = [
-            study.trials[name].label
-            for name in (claim.ours, claim.baseline)
-            if gathered[name] and all(record.get("failure") for record in gathered[name])
+        is_distance = claim.measure == "distance"
+        threshold = f"{claim.at_least:g} times" if is_distance else f"{claim.at_least:+g} points"
+        rows.append([title, claim.claimed, threshold, *_verdict(study, claim, gathered, tested)])
+    note = (
+        "Intervals: of one seed, over images (Newcombe 1998, unpaired proportions: wide, for the "
+        "same images); of several, Student's over seeds that both have. What its interval neither "
+        "bears out nor refutes is within chance."
+    )
+    return [_table(header, rows), note]
+
+
+def _verdict(
+    study: plan.Study, claim: plan.Claim, gathered: Gathered, tested: Gathered
+) -> tuple[str, str, str, str, str]:
+    """Returns what was measured, its interval, seeds, the verdict, and both worst cases."""
+    failed = {
+        name: sum(bool(record.get("failure")) for record in gathered[name])
+        for name in (claim.ours, claim.baseline)
+    }
+    if failed[claim.ours] == len(study.trials[claim.ours].seeds):
+        return f"training failed: {study.trials[claim.ours].label}", "-", "0", "no", "-"
+    stage = "distances" if claim.measure == "distance" else "test"
+    pairs = [
+        (ours, baseline)
+        for ours in tested.get(claim.ours, [])
+        for baseline in tested.get(claim.baseline, [])
+        if ours["seed"] == baseline["seed"] and stage in ours and stage in baseline
+    ]
+    seeds = str(len(pairs)) + "".join(
+        f", {count} of {study.trials[name].label} failed" for name, count in failed.items() if count
+    )
+    if not pairs:
+        return "not measured yet", "-", seeds, "-", "-"
+    worst = " and ".join(
+        f"{100 * statistics.mean(_accuracy_under(one, WORST) for one in side):.1f}"
+        for side in zip(*pairs, strict=True)
+    )
+    if claim.measure == "distance":
+        values = [
+            _mean_distance([ours], claim.attack) / _mean_distance([baseline], claim.attack)
+            for ours, baseline in pairs
         ]
-        if failed:
-            measured = f"training failed: {', '.join(failed)}"
-            rows.append([title, claim.claimed, measured, "no", "-"])
-            continue
-        if claim.measure == "distance":
-            ours = [record for record in ours if "distances" in record]
-            baseline = [record for record in baseline if "distances" in record]
-        if not ours or not baseline:
-            rows.append([title, claim.claimed, "not measured yet", "-", "-"])
-            continue
-        if claim.measure == "distance":
-            value = _mean_distance(ours, claim.attack) / _mean_distance(baseline, claim.attack)
-            rates = [
-                "-" if rate is None else f"{100 * rate:.0f}"
-                for rate in (_success_rate(some, claim.attack) for some in (ours, baseline))
-            ]
-            measured = f"{value:.1f} times; {rates[0]} and {rates[1]} % found"
-            if math.isnan(value):
-                measured = f"no ratio: {rates[0]} and {rates[1]} % found"
-        else:
-            both = [100 * _mean_accuracy(some, claim.attack) for some in (ours, baseline)]
-            value = both[0] - both[1]
-            measured = f"{value:+.1f} points ({both[0]:.1f} against {both[1]:.1f})"
-        worst = [100 * _mean_accuracy(some, WORST) for some in (ours, baseline)]
-        reproduced = "-" if math.isnan(value) else "yes" if value >= claim.at_least else "no"
-        rows.append(
-            [title, claim.claimed, measured, reproduced, f"{worst[0]:.1f} and {worst[1]:.1f}"]
-        )
-    return [_table(header, rows)]
+        rates = [
+            "-" if rate is None else f"{100 * rate:.0f}"
+            for rate in (_success_rate(side, claim.attack) for side in zip(*pairs, strict=True))
+        ]
+        found = f"{rates[0]} and {rates[1]} % found"
+        if any(math.isnan(value) for value in values):
+            return f"no ratio: {found}", "-", seeds, "-", worst
+        interval = intervals.mean(values)
+        text, form = f"{statistics.mean(values):.1f} times; {found}", "{:.1f} to {:.1f}"
+    else:
+        right = [tuple(100 * _accuracy_under(one, claim.attack) for one in pair) for pair in pairs]
+        values = [ours - baseline for ours, baseline in right]
+        interval = intervals.mean(values)
+        if interval is None:
+            size = pairs[0][0]["test"]["num_examples"]
+            ours, baseline = ((round(share * size / 100), size) for share in right[0])
+            low, high = intervals.unpaired_difference(ours, baseline)
+            interval = 100 * low, 100 * high
+        both = [statistics.mean(side) for side in zip(*right, strict=True)]
+        text = f"{statistics.mean(values):+.1f} points ({both[0]:.1f} against {both[1]:.1f})"
+        form = "{:+.1f} to {:+.1f}"
+    # Differences of shares are rounded in their last bits.
+    low, high = (round(end, 6) for end in interval or [statistics.mean(values)] * 2)
+    reproduced = (
+        "yes" if low >= claim.at_least else "no" if high < claim.at_least else "within chance"
+    )
+    return text, form.format(*interval) if interval else "-", seeds, reproduced, worst
 
 
-def _mean_accuracy(some: Sequence[Record], attack: str) -> float:
-    if attack == "clean":
-        return statistics.mean(record["test"]["clean_accuracy"] for record in some)
-    return statistics.mean(record["test"]["robust_accuracy"][attack] for record in some)
+def _accuracy_under(record: Record, attack: str) -> float:
+    test = record["test"]
+    accuracy: float = (
+        test["clean_accuracy"] if attack == "clean" else test["robust_accuracy"][attack]
+    )
+    return accuracy
 
 
 def _mean_distance(some: Sequence[Record], spec: str) -> float:
@@ -348,19 +392,20 @@ def _seeds(study: plan.Study, name: str, gathered: Gathered, num_judged: int) ->
 def _cost(some: Sequence[Record], standard: Sequence[Record] | None) -> str:
     """Returns the operations of a training, as a multiple of the standard one's.
 
-    Not its time: records come from different machines.
+    Not its time: records come from different machines. Operations are compared on one kind of
+    device, since convolutions take other forms on others.
     """
 
-    def mean(found: Sequence[Record]) -> float | None:
-        values = [
-            record["step_flops"] * record["config"]["train_steps"]
+    def by_devices(found: Sequence[Record]) -> dict[str, float]:
+        return {
+            record["environment"]["devices"]: record["step_flops"] * record["config"]["train_steps"]
             for record in found
             if "training" in record
-        ]
-        return statistics.mean(values) if values else None
+        }
 
-    value, unit = mean(some), mean(standard or [])
-    return f"{value / unit:.2f}" if value is not None and unit else "-"
+    ours, unit = by_devices(some), by_devices(standard or [])
+    ratios = [ours[devices] / unit[devices] for devices in ours if devices in unit]
+    return f"{statistics.mean(ratios):.2f}" if ratios else "-"
 
 
 def _accuracy(values: Sequence[float], evaluations: Sequence[Mapping[str, Any]]) -> str:
@@ -374,13 +419,28 @@ def _accuracy(values: Sequence[float], evaluations: Sequence[Mapping[str, Any]])
 
 
 def _failing(tests: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the diagnostics that fail in any seed; those that invalidate the attacks in bold."""
-    failing = dict.fromkeys(
-        entry["id"] for one in tests for entry in one["diagnostics"] if entry["status"] == "FAIL"
-    )
-    return ", ".join(
-        f"**{name}**" if name in diagnostics.INVALIDATING else name for name in failing
-    )
+    """Returns the diagnostics that fail in any seed, and those that ought to be known and are not.
+
+    Those that invalidate the attacks are in bold.
+    """
+
+    def named(status: str) -> list[str]:
+        found = (
+            entry["id"]
+            for one in tests
+            for entry in one["diagnostics"]
+            if entry["status"] == status
+        )
+        return list(dict.fromkeys(found))
+
+    failing = [
+        f"**{name}**" if name in diagnostics.INVALIDATING else name for name in named("FAIL")
+    ]
+    unknown = [name for name in named("NA") if name in diagnostics.INVALIDATING]
+    text = f"{', '.join(failing) or 'none'} fail" + ("" if len(failing) > 1 else "s")
+    if not any(one["diagnostics"] for one in tests):
+        return "not made"
+    return text + (f"; not measured: {', '.join(unknown)}" if unknown else "")
 
 
 def _title(spec: str) -> str:

@@ -69,14 +69,14 @@ class Claim:
     baseline: str
     """The trial that it is compared with."""
     attack: str
-    """One of the protocol's attacks, or ``clean``."""
+    """One of the protocol's attacks, ``clean`` or ``worst_case``."""
     measure: str = "accuracy"
     """``accuracy`` (a difference in points), or ``distance`` (a ratio of mean distances of what the
     attack finds, as such papers report)."""
     claimed: str
     """The figure claimed, with its unit."""
     at_least: float
-    """What counts as reproduced: points, or a ratio."""
+    """From where it holds: points, or a ratio."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,10 @@ def settings(protocol: Protocol, stage: str) -> dict[str, Any]:
     """Returns what an evaluation of this kind depends on; a record keeps it."""
     names = {
         "validation": ("num_validation_examples", "validation_attacks"),
-        "test": ("num_test_examples", "paper_attacks", "honest_attacks", "diagnostics"),
+        "test": (
+            *("num_test_examples", "paper_attacks", "honest_attacks", "diagnostics"),
+            "batch_size",  # Features are looked at in the first batch.
+        ),
         "distances": ("num_test_examples", "paper_distances", "distance_norm"),
         "radii": ("num_test_examples",),
     }
@@ -168,7 +171,7 @@ def validate(study: Study) -> None:
                     f"claim.{field}={getattr(claim, field)!r} is a trial that is not tested."
                 )
         _validate.one_of(("accuracy", "distance"), **{"claim.measure": claim.measure})
-        known = ("clean", *specs["paper"], *specs["honest"])
+        known = ("clean", "worst_case", *specs["paper"], *specs["honest"])
         if claim.measure == "distance":
             known = tuple(specs["distances"])
         _validate.one_of(known, **{"claim.attack": claim.attack})
@@ -188,7 +191,9 @@ def _validate_protocol(study: Study) -> None:
         for field in ("threat", "data"):
             ours, theirs = getattr(trial.config, field), getattr(first[1].config, field)
             if field == "data":
-                ours, theirs = ours.name, theirs.name
+                ours, theirs = (
+                    f"{one.name} with num_validation={one.num_validation}" for one in (ours, theirs)
+                )
             if ours != theirs:
                 raise ValueError(
                     f"study.trials[{name!r}].config.{field} is {ours}, that of {first[0]!r} "

@@ -44,8 +44,9 @@ def run(flags: Flags, command: str) -> None:
     """Trains and judges what has no record, and writes the page.
 
     A record is written as soon as a stage is done. A model that has to be trained anew, because
-    its run is gone and a stage is missing, is judged anew. Trials that another process with the
-    same ``out`` works on are passed over.
+    its run is gone and a stage is missing, is judged anew: on test images, where
+    ``validation_only`` leaves them for later, by the call that does not. Trials that another
+    process with the same ``out`` works on are passed over.
 
     Args:
       flags: see ``Flags``.
@@ -131,8 +132,9 @@ def _work(
             loop.train_and_evaluate(config, workdir)
             print(f"   trained in {time.monotonic() - started:.0f} s", file=sys.stderr)
         except guards.TrainingFailedError as error:
-            record["failure"] = str(error)
-            files.write_json(path, record)
+            # What was judged before was another model.
+            kept = {name: record[name] for name in ("trial", "seed", "config")}
+            files.write_json(path, kept | {"failure": str(error)})
             return
         run = loading.load_run(workdir, data_dir=flags.data_dir, num_examples=1)
         if run.step < config.train_steps:
@@ -140,7 +142,12 @@ def _work(
         if record.get("weights_hash") != run.weights_hash:
             judged = [stage for stage in plan.STAGES if stage in record]
             record = {key: value for key, value in record.items() if key not in judged}
-            stages = [*judged, *(stage for stage in stages if stage not in judged)]
+            stages = [
+                stage
+                for stage in plan.STAGES
+                if stage in (*judged, *stages)
+                and (stage == "validation" or not flags.validation_only)
+            ]
             record |= {
                 "weights_hash": run.weights_hash,
                 "training": dict(run.training),
@@ -149,7 +156,11 @@ def _work(
             }
         for stage in stages:
             judgement = _judge(stage, judge, protocol, workdir, flags.data_dir)
-            record[stage] = {"protocol": plan.settings(protocol, stage), **judgement}
+            record[stage] = {
+                "protocol": plan.settings(protocol, stage),
+                "environment": run_folder.versions(),
+                **judgement,
+            }
             files.write_json(path, record)
 
 

@@ -77,6 +77,28 @@ def diagnose(robust=ROBUST, **changes):
     return {entry["id"]: entry for entry in found}, diagnostics.masking_suspected(found)
 
 
+@pytest.mark.parametrize(
+    ("robust", "broken", "value", "status"),
+    [
+        # AutoAttack's Square alone; beside gradient attacks, what these break does not count.
+        ({"autoattack": 0.3}, [(300, 301)], 0.001, "PASS"),
+        ({"autoattack": 0.3}, [(300, 310)], 0.01, "FAIL"),
+        ({"autoattack": 0.3}, [(300, 310), (305, 320)], 0.02, "FAIL"),
+        ({"autoattack": 0.3, "pgd": 0.305}, [(300, 310)], 0.005, "FAIL"),
+        ({"pgd": 0.5, "square": 0.45}, [], 0.05, "FAIL"),
+        ({"pgd": 0.5, "square": 0.45}, [(440, 445)], 0.055, "FAIL"),
+        ({"autoattack": 0.3}, [], None, "NA"),
+        ({"square": 0.3}, [], None, "NA"),
+    ],
+)
+def test_square_is_compared_alone_and_within_ensembles(robust, broken, value, status):
+    number = np.arange(1000)
+    black_box = [(number >= low) & (number < high) for low, high in broken]
+    found, _ = diagnose(robust, minimum_norms={}, black_box=black_box)
+    assert found["D5"]["status"] == status
+    assert found["D5"]["value"] == (None if value is None else pytest.approx(value))
+
+
 def test_a_sound_evaluation_passes():
     entries, suspected = diagnose()
     assert list(entries) == list(judgement.NAMES)

@@ -48,6 +48,35 @@ def test_paired_differences_are_the_published_ones(counts, expected):
     assert intervals.paired_difference(*paired(*counts)) == pytest.approx(expected, abs=6e-5)
 
 
+@pytest.mark.parametrize(
+    ("left", "right", "expected"),
+    # Newcombe 1998, Statistics in Medicine 17, 873-890, method 10.
+    [
+        ((56, 70), (48, 80), (0.0524, 0.3339)),
+        ((9, 10), (3, 10), (0.1705, 0.8090)),
+        ((10, 10), (0, 10), (0.6075, 1.0)),
+    ],
+)
+def test_unpaired_differences_are_the_published_ones(left, right, expected):
+    low, high = intervals.unpaired_difference(left, right)
+    assert (low, high) == pytest.approx(expected, abs=6e-5)
+    assert intervals.unpaired_difference(right, left) == pytest.approx((-high, -low))
+
+
+def test_means_of_several_trainings_have_students_interval():
+    values = [0.3, 0.5, 0.7]
+    found = intervals.mean(values)
+    test = scipy.stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    assert found == pytest.approx((test.low, test.high))
+    # 4.303 standard errors, by any table.
+    assert found == pytest.approx(
+        (0.5 - 4.303 * 0.2 / 3**0.5, 0.5 + 4.303 * 0.2 / 3**0.5), abs=1e-4
+    )
+    assert intervals.mean([0.3]) is None
+    with pytest.raises(ValueError, match="confidence=1"):
+        intervals.mean(values, 1.0)
+
+
 def test_paired_differences_change_sign_with_the_order_and_stay_in_range():
     left, right = paired(20, 9, 4, 7)
     difference, low, high = intervals.paired_difference(left, right)

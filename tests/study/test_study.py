@@ -177,11 +177,11 @@ def test_the_page_has_what_the_records_have(worked):
     (row,) = [line for line in text.splitlines() if line.startswith("| aligned |")]
     assert f"**{worst:.1f} (" in row
     assert f"    {COMMAND}" in text
-    assert "| plain | 2 | 1.00 | 1.00 |" in text
-    claims = [line for line in text.splitlines() if "+99 points" in line or "0 times" in line]
-    assert [line.split("|")[4].strip() for line in claims] == ["no", "yes"]
+    assert "| plain | 2 | 1.00 |" in text
+    claims = [line for line in text.splitlines() if line.startswith(("| defends", "| farther"))]
+    assert [line.split("|")[7].strip() for line in claims] == ["no", "yes"]
     assert "too short to tell" in text
-    assert "Not run yet" not in text
+    assert "Still to do" not in text
     pictures = {"curves", "distances", "alignment", "radii", "surfaces", "shares"}
     assert {path.stem for path in (worked / "study").iterdir()} == pictures
     for name in pictures:
@@ -213,7 +213,8 @@ def test_test_images_may_be_left_for_later(ready, use, monkeypatch, tmp_path):
     runner.run(flags, COMMAND)
     record = json.loads((tmp_path / "records" / "gfa-seed0.json").read_text())
     assert "validation" in record
-    assert "`gfa`, seed 0" in (tmp_path / "study.md").read_text()
+    page_text = (tmp_path / "study.md").read_text()
+    assert "`standard`, seed 3; `gfa`, seed 0 (test, distances, radii); `searched`" in page_text
     runner.run(flags, COMMAND)
     with pytest.raises(pytest.fail.Exception, match="tested"):
         runner.run(dataclasses.replace(flags, validation_only=False), COMMAND)
@@ -343,6 +344,21 @@ def test_a_model_that_is_trained_anew_is_judged_anew(worked, ready, use, monkeyp
     assert judged == ["validation", "test", "distances", "radii"]
     assert again["weights_hash"] == record["weights_hash"]
     assert again["test"]["clean_accuracy"] == 0.0
+    # Unless test images are to be left for later.
+    judged.clear()
+    del record["validation"]
+    path.write_text(json.dumps(record | {"weights_hash": "of other weights"}))
+    runner.run(dataclasses.replace(flags, validation_only=True), COMMAND)
+    assert judged == ["validation"]
+    assert not json.loads(path.read_text()).keys() & {"test", "distances", "radii"}
+    # Nothing is kept of a model whose training fails the second time.
+
+    def fail(config, workdir):
+        raise guards.TrainingFailedError("collapsed")
+
+    monkeypatch.setattr(loop, "train_and_evaluate", fail)
+    runner.run(flags, COMMAND)
+    assert json.loads(path.read_text()).keys() == {"trial", "seed", "config", "failure"}
 
 
 def test_runs_of_another_recipe_are_refused_before_anything_is_trained(use, monkeypatch, tmp_path):
@@ -453,6 +469,16 @@ def protocol(study, **fields):
             ),
             r"study.trials\['gfa'\].config.threat .*one table cannot hold both",
         ),
+        (
+            lambda study: changed(
+                study,
+                "gfa",
+                config=dataclasses.replace(
+                    tiny(), data=dataclasses.replace(tiny().data, num_validation=100)
+                ),
+            ),
+            r"config.data is digits with num_validation=100, that of 'standard' digits with",
+        ),
         (lambda study: protocol(study, paper_attacks="pgdd"), "'pgdd'"),
         (lambda study: protocol(study, distance_norm="l3"), "study.protocol.distance_norm='l3'"),
         (lambda study: claim(study, ours="nobody"), "claim.ours='nobody'"),
@@ -490,6 +516,7 @@ def test_numbers_of_a_page_by_hand():
         "config": {"train_steps": 10},
         "step_flops": 7,
         "training": {},
+        "environment": {"jax": "1", "python": "3", "devices": "1 x cpu"},
         "test": {
             "clean_accuracy": 0.9,
             "robust_accuracy": {
@@ -507,6 +534,8 @@ def test_numbers_of_a_page_by_hand():
                 {"id": "D1", "status": "FAIL", "value": 1.0},
                 {"id": "D2", "status": "FAIL", "value": 1.0},
                 {"id": "D3", "status": "PASS", "value": 1.0},
+                {"id": "D5", "status": "NA", "value": None},
+                {"id": "D8", "status": "NA", "value": None},
             ],
         },
         "distances": {
@@ -517,6 +546,9 @@ def test_numbers_of_a_page_by_hand():
     }
     far = json.loads(json.dumps(one))
     far |= {"trial": "gfa", "step_flops": 14}
+    far["validation"] = {"environment": {"jax": "2", "python": "3", "devices": "1 x cpu"}}
+    far["validation"] |= {"clean_accuracy": 0.9, "num_examples": 20}
+    far["validation"]["robust_accuracy"] = {"fgsm": 0.5, "pgd:num_steps=2": 0.4}
     far["distances"]["minimum_norm"]["deepfool:num_steps=20"] = {
         "mean_of_successes": 1.25,
         "success_rate": 0.5,
@@ -534,24 +566,94 @@ def test_numbers_of_a_page_by_hand():
     assert "| 0.5 (1.0x) |" in plain
     assert "| 1.25 (2.5x), 50 % found |" in aligned
     assert "| 1 | 2.00 | 90.0 (69.9-97.2) |" in aligned
-    assert "**20.0 (8.1-41.6)** | **D1**, D2 |" in aligned
+    assert "**20.0 (8.1-41.6)** | **D1**, D2 fail; not measured: D5 |" in aligned
+    assert "with jax 1, Python 3, 1 x cpu; jax 2, Python 3, 1 x cpu." in text
     assert "epsilon 8/255" in text
-    assert "| +0.0 points (50.0 against 50.0) | no | 20.0 and 20.0 |" in text
-    assert "| 2.5 times; 50 and 100 % found | yes |" in text
+    # Of the seed that both have: Newcombe's interval of 10 in 20 against 10 in 20.
+    verdict = "| +99 points | +0.0 points (50.0 against 50.0) | -28.4 to +28.4 | 1 | no | 20.0 and"
+    assert verdict in text
+    assert "| 0 times | 2.5 times; 50 and 100 % found | - | 1 | yes | 20.0 and 20.0 |" in text
     # A seed whose distances are still to come, and one that failed.
     del second["distances"]
     failed = {"trial": "gfa", "seed": 0, "config": far["config"], "failure": "collapsed"}
     text = page.render(tiny_study(), gathered | {"gfa": [failed]}, COMMAND, {})
     assert "| 2 | 1.00 | 80.0 +- 14.1 |" in text
     assert "| 0.5 (1.0x) |" in text
-    assert text.count("training failed: aligned | no |") == 2
+    assert text.count("| training failed: aligned | - | 0 | no | - |") == 2
     assert "| 0 of 1, 1 failed |" in text
     far["distances"]["minimum_norm"]["deepfool:num_steps=20"] = {
         "mean_of_successes": None,
         "success_rate": 0.0,
     }
     text = page.render(tiny_study(), gathered, COMMAND, {})
-    assert "| no ratio: 0 and 100 % found | - |" in text
+    assert "| no ratio: 0 and 100 % found | - | 1 | - | 20.0 and 20.0 |" in text
+    # Operations of other devices do not compare.
+    far["environment"]["devices"] = "8 x tpu"
+    text = page.render(tiny_study(), gathered, COMMAND, {})
+    assert "| aligned | 1 | - | 90.0" in text
+
+
+def record_of(name, seed, fgsm, **fields):
+    accuracies = {"fgsm": fgsm, "pgd-margin:num_steps=3": fgsm, "deepfool:num_steps=20": fgsm}
+    record = {
+        "trial": name,
+        "seed": seed,
+        "test": {
+            "clean_accuracy": 0.9,
+            "robust_accuracy": {**accuracies, "worst_case": fgsm},
+            "num_examples": 500,
+            "data": {"name": "digits"},
+            "threat": {"norm": "linf", "epsilon": 0.1},
+            "diagnostics": [],
+        },
+    }
+    return record | fields
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "at_least", "expected"),
+    [
+        # One seed: Newcombe's interval, of 150 and 100 in 500.
+        ([0.3], [0.2], 4.0, "+10.0 points (30.0 against 20.0) | +4.6 to +15.3 | 1 | yes"),
+        ([0.3], [0.2], 5.0, "+4.6 to +15.3 | 1 | within chance"),
+        ([0.3], [0.2], 15.3, "+4.6 to +15.3 | 1 | no"),
+        # Student's of differences of .1, .2 and .3: 4.303 standard errors.
+        (
+            [0.3, 0.4, 0.5],
+            [0.2] * 3,
+            0.0,
+            "(40.0 against 20.0) | -4.8 to +44.8 | 3 | within chance",
+        ),
+        ([0.3, 0.4, 0.5], [0.2] * 3, -5.0, "-4.8 to +44.8 | 3 | yes"),
+        # Seeds that both have; exact ties in spite of rounding.
+        ([0.3, 0.4, 0.5], [0.2], 4.0, "(30.0 against 20.0) | +4.6 to +15.3 | 1 | yes"),
+        ([9 / 500, 9 / 500], [14 / 500, 14 / 500], -1.0, "-1.0 to -1.0 | 2 | yes"),
+        (
+            [0.3, None, 0.5],
+            [0.2, 0.2, None],
+            4.0,
+            "| 1, 1 of aligned failed, 1 of plain failed | yes",
+        ),
+        ([0.3], [None], 4.0, "| not measured yet | - | 0, 1 of plain failed | - |"),
+        ([None, None, None], [0.2], 4.0, "| training failed: aligned | - | 0 | no |"),
+    ],
+)
+def test_claims_hold_as_far_as_intervals_say(ours, theirs, at_least, expected):
+    study = claim(changed(tiny_study(), "gfa", seeds=(0, 1, 2)), at_least=at_least)
+    gathered = {
+        name: [
+            {"trial": name, "seed": seed, "failure": "collapsed"}
+            if value is None
+            else record_of(name, seed, value)
+            for seed, value in enumerate(values)
+        ]
+        for name, values in (("gfa", ours), ("standard", theirs))
+    }
+    judged = {
+        name: [record for record in some if "test" in record] for name, some in gathered.items()
+    }
+    lines = page._claims(study, gathered, {name: some for name, some in judged.items() if some})
+    assert expected in lines[0]
 
 
 def test_help_and_a_missing_study(capsys):
