@@ -121,6 +121,7 @@ TRIALS: dict[str, Trial] = {
         label="GFA, literal reading, lambda 5",
         config=_recipe(gfa=GFAConfig(weight=5.0, **_LITERAL)),
         hypothesis="More of it helps more.",
+        outcome="No window between no effect and collapse.",
     ),
     "gfa_literal_biased": Trial(
         label="GFA, literal reading, lambda 1, with biases",
@@ -132,6 +133,7 @@ TRIALS: dict[str, Trial] = {
         label="GFA, sampled margin, all layers, lambda 4",
         config=_recipe(gfa=GFAConfig(weight=4.0, input_weight=3.0)),
         hypothesis="A sampled other class cannot be served by one dump class.",
+        outcome="No collapse; less robust than at the input alone: hidden layers take the weight.",
     ),
     "gfa_input": Trial(
         label="GFA at the input, lambda 20",
@@ -151,6 +153,7 @@ TRIALS: dict[str, Trial] = {
         label="GFA at the input, lambda 5",
         config=_recipe(gfa=_gfa(weight=5.0)),
         hypothesis="Less costs less accuracy.",
+        outcome="The same as lambda 20, within chance.",
     ),
     "gfa_ceiling_1": Trial(
         label="GFA at the input up to 1 epsilon, lambda 20",
@@ -182,6 +185,7 @@ TRIALS: dict[str, Trial] = {
         label="GFA up to 2 epsilon, hidden layers at a tenth",
         config=_recipe(gfa=_gfa(input_ceiling=0.125, hidden_weight=0.1)),
         hypothesis="Hidden layers help the input's alignment along.",
+        outcome="They do not: less robust than the same without them.",
     ),
     "gfa_fgsm": Trial(
         label="FGSM-AT + GFA up to 2 epsilon, lambda 2",
@@ -198,12 +202,13 @@ TRIALS: dict[str, Trial] = {
         label="FGSM-AT + GFA of clean images up to 2 epsilon, lambda 2",
         config=_recipe(attack=_FGSM, gfa=_gfa(input_ceiling=0.125, weight=2.0, inputs="clean")),
         hypothesis="Clean and adversarial images together say more than the latter alone.",
+        outcome="More accurate and less robust than FGSM-AT, at more than twice its cost.",
     ),
     "gfa_fgsm_weak": Trial(
         label="FGSM-AT + GFA, lambda 0.3",
         config=_recipe(attack=_FGSM, gfa=_gfa(weight=0.3)),
         hypothesis="A little of it regularises without taking capacity.",
-        outcome="Harmless and useless: what FGSM-AT reaches, at 1.6 times its cost.",
+        outcome="Within chance of FGSM-AT, which costs less, and of PGD-2 AT.",
         seeds=_SEEDS,
         is_tested=True,
     ),
@@ -215,6 +220,7 @@ TRIALS: dict[str, Trial] = {
         label="GFA at the input, log-odds, lambda 1",
         config=_recipe(gfa=_gfa(weight=1.0, target="log_odds")),
         hypothesis="The log-odds have the cross-entropy's direction and do not saturate.",
+        outcome="Weaker than a sampled margin in both accuracies.",
     ),
     "gfa_margin": Trial(
         label="GFA at the input, margin, lambda 1",
@@ -245,6 +251,7 @@ TRIALS: dict[str, Trial] = {
         label="GFA at the input, lambda 20, orthogonal start",
         config=_recipe(initializer="orthogonal", gfa=_gfa()),
         hypothesis="Near-isometric layers carry alignment from the head to the input.",
+        outcome="No better than He's start.",
     ),
     "few_fgsm_at": Trial(label="2,000 images: FGSM-AT", config=_recipe(images=_FEW, attack=_FGSM)),
     "few_pgd2_at": Trial(
