@@ -226,11 +226,13 @@ TRIALS: dict[str, Trial] = {
         label="GFA at the input, margin, lambda 1",
         config=_recipe(gfa=_gfa(weight=1.0, target="margin")),
         hypothesis="The nearest class decides the radius.",
+        outcome="The network dies: a nearest class can be served by one dump class.",
     ),
     "gfa_unsigned": Trial(
         label="GFA at the input without sign, lambda 20",
         config=_recipe(gfa=_gfa(form="absolute")),
         hypothesis="The sign of the cosine does not matter to tangential variation.",
+        outcome="The network guesses: alignment with the wrong sign is as good.",
     ),
     "gfa_linear": Trial(
         label="GFA at the input, linear form, lambda 20",

@@ -143,10 +143,13 @@ def surfaces(series: Series) -> bytes:
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(2.7 * columns + 0.6, 2.5 * rows), layout="constrained")
     panels: Any = figure.subplots(rows, columns, squeeze=False)
-    heights = [
-        value for surface in shown.values() for row in surface["median_log_odds"] for value in row
-    ]
-    levels = [min(heights) + i * (max(heights) - min(heights)) / 16 for i in range(17)]
+    limit = max(
+        abs(value)
+        for surface in shown.values()
+        for row in surface["median_log_odds"]
+        for value in row
+    )
+    levels = [limit * i / 8 for i in range(-8, 9)]  # White where neither side is more likely.
     drawn: Any = None
     for axes, (label, surface) in zip(panels.ravel(), shown.items(), strict=False):
         lengths = surface["lengths"]

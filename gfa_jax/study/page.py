@@ -112,9 +112,9 @@ _CAPTIONS = {
     "gradient of the log-odds",
     "shares": "Tangential share of perturbations at every layer, over the first batch of images",
     "radii": "The radius that alignment promises against that which DeepFool finds, a dot an image",
-    "surfaces": "Median log-odds, of each training's first seed, along the most successful attack "
-    "(vertical) and a random direction, over images that it breaks; the black line is the decision "
-    "boundary",
+    "surfaces": "Median log-odds of being wrong, of each training's first seed, along the most "
+    "successful attack (vertical) and a random direction, over images of the first batch that it "
+    "breaks; on the black line the true class has half of the probability",
 }
 
 
