@@ -131,14 +131,19 @@ def radii(series: Series) -> bytes:
     return _png(figure)
 
 
-def surfaces(series: Series) -> bytes:
-    """Returns the log-odds over the plane of an attack's direction and a random one."""
+def surfaces(series: Series) -> bytes | None:
+    """Returns the log-odds over the plane of an attack's direction and a random one.
+
+    ``None`` where no training has a whole one: its attack broke nothing, or logits are not finite.
+    """
     shown = {
         label: surface
         for label, records in series.items()
         if (surface := records[0]["test"].get("loss_surface")) is not None
         and not any(value is None for row in surface["median_log_odds"] for value in row)
     }
+    if not shown:
+        return None
     columns = min(4, len(shown))
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(2.7 * columns + 0.6, 2.5 * rows), layout="constrained")

@@ -137,8 +137,8 @@ def _pictures(study: plan.Study, gathered: Gathered) -> dict[str, bytes]:
     }
     if with_radii:
         pictures["radii"] = figures.radii(with_radii)
-    if "loss_surface" in one:
-        pictures["surfaces"] = figures.surfaces(tested)
+    if (surfaces := figures.surfaces(tested)) is not None:
+        pictures["surfaces"] = surfaces
     return pictures
 
 

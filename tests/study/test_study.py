@@ -17,6 +17,7 @@ from gfa_jax.study import (
     Protocol,
     Study,
     Trial,
+    figures,
     judge,
     load_study,
     page,
@@ -654,6 +655,18 @@ def test_claims_hold_as_far_as_intervals_say(ours, theirs, at_least, expected):
     }
     lines = page._claims(study, gathered, {name: some for name, some in judged.items() if some})
     assert expected in lines[0]
+
+
+def test_surfaces_of_dead_networks_are_left_out():
+    whole = {"lengths": [-1, 1], "median_log_odds": [[-1.0, 0.5], [2.0, 3.0]]}
+    dead = {"lengths": [-1, 1], "median_log_odds": [[-1.0, None], [2.0, 3.0]]}
+    series = {
+        label: [{"test": {} if surface is None else {"loss_surface": surface}}]
+        for label, surface in (("whole", whole), ("dead", dead), ("never broken", None))
+    }
+    assert figures.surfaces(series)
+    del series["whole"]
+    assert figures.surfaces(series) is None
 
 
 def test_help_and_a_missing_study(capsys):
