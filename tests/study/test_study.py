@@ -657,6 +657,19 @@ def test_claims_hold_as_far_as_intervals_say(ours, theirs, at_least, expected):
     assert expected in lines[0]
 
 
+def test_radii_are_compared_image_by_image():
+    promised = [0.1, 0.2, 0.4, 0.0, 0.5]
+    found = [0.2, 0.2, 0.2, 0.1, None]  # Nothing found is farther than all.
+    whole = {"radii": {"norm": "linf", "linear": promised[:4], "measured": found[:4]}}
+    last = {"radii": {"norm": "linf", "linear": promised[4:], "measured": found[4:]}}
+    lines = page._radii_table(tiny_study(), {"standard": [whole, last], "gfa": [last]})
+    table = lines[0].splitlines()
+    assert "promised beyond 38.25/255" in table[0]
+    # Ratios 2, 1, 1/2 and infinity; three of five are promised beyond .15, four found.
+    assert table[2] == "| plain | 5 | 0.2000 | 0.2000 | 1.50 (0.50-inf) | 60 % | 80 % |"
+    assert table[3] == "| aligned | 1 | - | - | - | - | - |"
+
+
 def test_surfaces_of_dead_networks_are_left_out():
     whole = {"lengths": [-1, 1], "median_log_odds": [[-1.0, 0.5], [2.0, 3.0]]}
     dead = {"lengths": [-1, 1], "median_log_odds": [[-1.0, None], [2.0, 3.0]]}
