@@ -175,8 +175,9 @@ def test_the_page_has_what_the_records_have(worked):
     text = (worked / "study.md").read_text()
     record = json.loads((worked / "records" / "gfa-seed0.json").read_text())
     worst = 100 * record["test"]["robust_accuracy"]["worst_case"]
-    (row,) = [line for line in text.splitlines() if line.startswith("| aligned |")]
-    assert f"**{worst:.1f} (" in row
+    rows = [line for line in text.splitlines() if line.startswith("| aligned |")]
+    assert [f"**{worst:.1f} (" in row for row in rows] == [True, False]
+    assert f"| aligned | {len(record['radii']['linear'])} | " in rows[1]
     assert f"    {COMMAND}" in text
     assert "| plain | 2 | 1.00 |" in text
     claims = [line for line in text.splitlines() if line.startswith(("| defends", "| farther"))]
