@@ -14,6 +14,7 @@ from gfa_jax.evaluation import intervals, masking, records, references
 from gfa_jax.evaluation.close_up import close_up
 from gfa_jax.evaluation.curves import accuracy_curves
 from gfa_jax.evaluation.outcomes import (
+    MEMBERS,
     Outcome,
     adversarial_images,
     broken,
@@ -28,7 +29,6 @@ from gfa_jax.training.progress import Progress
 from gfa_jax.types import AttackResult
 
 _BATCHES_PER_CHUNK = 4
-_MEMBERS = "members/"
 _OF_EACH_EXAMPLE = (
     *("success", "distance", "margin", "reached", "attacked"),
     *("num_forwards", "num_backwards"),
@@ -157,9 +157,9 @@ class Evaluation:
             },
             "members": {
                 spec: {
-                    name.removeprefix(_MEMBERS): int(value.sum())
+                    name.removeprefix(MEMBERS): int(value.sum())
                     for name, value in outcome.items()
-                    if name.startswith(_MEMBERS)
+                    if name.startswith(MEMBERS)
                 }
                 for spec, outcome in outcomes.items()
                 if isinstance(built.get(spec), attacks.Ensemble)
@@ -322,7 +322,7 @@ class Evaluation:
             "reached": reached,
             "margin": margin,
             **fields,
-            **{f"{_MEMBERS}{name}": value for name, value in result.members.items()},
+            **{f"{MEMBERS}{name}": value for name, value in result.members.items()},
         }
 
     def _clean(self) -> tuple[np.ndarray, np.ndarray]:

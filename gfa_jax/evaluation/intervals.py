@@ -1,7 +1,8 @@
 """How far measured accuracies and medians can be trusted: intervals and paired tests.
 
-All of them ask what other test images of the same kind would have given. They know nothing of the
-randomness of training, nor of attacks that are too weak.
+Most ask what other test images of the same kind would have given, and know nothing of the
+randomness of training; ``student`` asks what other trainings would have given, and knows nothing of
+the images. None knows of attacks that are too weak.
 """
 
 import math
@@ -42,8 +43,8 @@ def wilson(num_successes: int, num_trials: int, confidence: float = 0.95) -> tup
 
 def unpaired_difference(
     left: tuple[int, int], right: tuple[int, int], confidence: float = 0.95
-) -> tuple[float, float]:
-    """Returns the interval of the difference of two independent proportions, left less right.
+) -> tuple[float, float, float]:
+    """Returns the difference of two independent proportions, and its interval.
 
     Wilson's intervals of both are squared and added. For two classifiers on the same examples it is
     wider than ``paired_difference``, which needs to know who was right where.
@@ -51,9 +52,12 @@ def unpaired_difference(
     Source: Newcombe 1998, Statistics in Medicine 17, 873-890, method 10.
 
     Args:
-      left: of the first, successes and trials.
+      left: of the first, ``(successes, trials)``.
       right: of the second.
       confidence: in (0, 1).
+
+    Returns:
+      ``(difference, low, high)`` in [-1, 1], the difference being left less right.
 
     Raises:
       ValueError: for arguments out of range.
@@ -62,20 +66,23 @@ def unpaired_difference(
     right_low, right_high = wilson(*right, confidence)
     one, other = (successes / trials for successes, trials in (left, right))
     return (
+        one - other,
         one - other - math.hypot(one - left_low, right_high - other),
         one - other + math.hypot(left_high - one, other - right_low),
     )
 
 
-def mean(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
+def student(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
     """Returns Student's interval of the mean of what several trainings gave.
 
+    Source: Student 1908, Biometrika 6.
+
     Args:
-      values: one for each training.
+      values: one for each training, in any unit.
       confidence: in (0, 1).
 
     Returns:
-      ``(low, high)``; ``None`` for fewer than two values, which do not tell.
+      ``(low, high)`` in the same unit; ``None`` for fewer than two values, which do not tell.
 
     Raises:
       ValueError: for a confidence out of range.

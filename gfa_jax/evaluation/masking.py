@@ -9,7 +9,7 @@ import numpy as np
 
 from gfa_jax import attacks, data
 from gfa_jax.evaluation import binarization, diagnostics, judgement, probing
-from gfa_jax.evaluation.outcomes import Outcome
+from gfa_jax.evaluation.outcomes import MEMBERS, Outcome
 from gfa_jax.evaluation.references import Reference
 from gfa_jax.evaluation.subject import INPUT, Subject, box_radius
 from gfa_jax.threat import ThreatModel
@@ -70,11 +70,7 @@ def diagnose(
         epsilon=float(threat.epsilon),
         norm=threat.norm,
         zero_gradient_share=zero_gradient_share(outcomes),
-        black_box=[
-            outcomes[spec]["members/square"]
-            for spec, attack in built.items()
-            if isinstance(attack, attacks.Ensemble) and list(attack.parts())[1:][-1:] == ["square"]
-        ],
+        black_box=_broken_by_square_at_last(built, outcomes),
         num_classes=subject.test_set.num_classes,
         minimum_norms={
             spec: (outcome["success"], outcome["distance"], clean_correct)
@@ -105,6 +101,19 @@ def zero_gradient_share(outcomes: Mapping[str, Outcome]) -> float:
         for field in ("num_zero_gradients", "num_backwards")
     )
     return zero / max(total, 1)
+
+
+def _broken_by_square_at_last(
+    built: Mapping[str, attacks.Attack | attacks.Ensemble], outcomes: Mapping[str, Outcome]
+) -> list[np.ndarray]:
+    """Returns what Square broke, bool ``[N]``, of each ensemble that ends with it."""
+    found = []
+    for spec, attack in built.items():
+        if isinstance(attack, attacks.Ensemble):
+            *before, last = attack.members
+            if before and last == "square":
+                found.append(outcomes[spec][f"{MEMBERS}square"])
+    return found
 
 
 def _probe(

@@ -14,6 +14,9 @@ Outcome = dict[str, np.ndarray]
 """What an attack did, by field of ``AttackResult``; ``attacked`` says to which examples, and
 ``reached`` and ``margin`` what the model says at the end."""
 
+MEMBERS = "members/"
+"""Before the name of an ensemble's member: which examples it broke, bool ``[N]``."""
+
 _CDF_POINTS = 101
 ROUNDING = 1e-5
 """How far beyond epsilon, as a share of it, float32 may end."""

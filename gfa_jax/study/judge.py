@@ -111,7 +111,7 @@ class Judge:
         threat, right = run.classifier.threat, self.is_right(run, batch_size)
         found = self.attack(run, "deepfool", threat, right, batch_size)
         measured = [
-            [np.asarray(value)[batch["mask"]] for value in self._measure(run, batch)]
+            [np.asarray(value)[batch["mask"]] for value in self._align(run, batch)]
             for batch in data.eval_batches(run.test_set, batch_size)
         ]
         aligned, linear = (np.concatenate(parts)[right] for parts in zip(*measured, strict=True))
@@ -182,9 +182,9 @@ class Judge:
             module, jax.jit(lambda variables, inputs: module.apply(variables, inputs, train=False))
         )
 
-    def _measure(self, run: loading.LoadedRun, batch: dict[str, np.ndarray]) -> tuple[Array, Array]:
+    def _align(self, run: loading.LoadedRun, batch: dict[str, np.ndarray]) -> tuple[Array, Array]:
         """Returns ``a`` and, in units of the input, ``|h|_p a``; each ``[B]``."""
-        key = (run.classifier.module, run.classifier.layers[0], run.classifier.threat.norm)
+        key = (run.classifier.module, run.classifier.layers, run.classifier.threat.norm)
         measure = self._alignments.setdefault(key, jax.jit(_alignment_and_radius(run)))
         with jax.default_matmul_precision("highest"):
             return measure(
@@ -193,17 +193,18 @@ class Judge:
 
 
 def _alignment_and_radius(run: loading.LoadedRun) -> Callable[..., tuple[Array, Array]]:
-    """Returns a function that depends on the run's architecture and norm alone."""
-    layer, norm, apply = run.classifier.layers[0], run.classifier.threat.norm, run.apply
+    """Returns a function that keeps of the run its architecture and norm alone."""
+    module, layers, norm = run.classifier.module, run.classifier.layers, run.classifier.threat.norm
     scale = float(np.mean(run.config.model.input_std))
 
     def measure(params: Any, model_state: Any, inputs: Array, labels: Array) -> tuple[Array, Array]:
         def apply_fn(taps: Taps, inputs: Array) -> tuple[Array, Features]:
-            return apply(params, model_state, taps, inputs)
+            return loading.apply(module, layers, params, model_state, taps, inputs)
 
         _, features, grads = taps_lib.feature_gradients(apply_fn, inputs, labels, target="margin")
-        aligned = alignment.alignment(features[layer], grads[layer], norm)
-        return aligned, scale * norms.vector_norm(features[layer], norm) * aligned
+        feature = features[layers[0]]
+        aligned = alignment.alignment(feature, grads[layers[0]], norm)
+        return aligned, scale * norms.vector_norm(feature, norm) * aligned
 
     return measure
 

@@ -1,6 +1,7 @@
 """What a study is: recipes with the question that each answers, and how they are judged."""
 
 import dataclasses
+import operator
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -188,12 +189,8 @@ def _validate_protocol(study: Study) -> None:
     _validate.one_of(norms.DUALS, **{"study.protocol.distance_norm": protocol.distance_norm})
     first, *others = study.trials.items()
     for name, trial in others:
-        for field in ("threat", "data"):
-            ours, theirs = getattr(trial.config, field), getattr(first[1].config, field)
-            if field == "data":
-                ours, theirs = (
-                    f"{one.name} with num_validation={one.num_validation}" for one in (ours, theirs)
-                )
+        for field in ("threat", "data.name", "data.num_validation"):
+            ours, theirs = (operator.attrgetter(field)(one.config) for one in (trial, first[1]))
             if ours != theirs:
                 raise ValueError(
                     f"study.trials[{name!r}].config.{field} is {ours}, that of {first[0]!r} "

@@ -3,15 +3,20 @@
 A record outlives the run's folder with its weights, so that a study goes on in another place.
 """
 
+import itertools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gfa_jax import config as config_lib
 from gfa_jax import files
 from gfa_jax.config import TrainConfig
+from gfa_jax.study import plan
 
 Record = dict[str, Any]
+
+Gathered = Mapping[str, Sequence[Record]]
+"""Records by trial, in the order of the study; trials without any are there, too."""
 
 _CURVE_POINTS = 21
 """Of a distribution of distances."""
@@ -42,6 +47,47 @@ def read(path: pathlib.Path, config: TrainConfig) -> Record:
             + "\nGive the trial another name, or take the record away."
         )
     return record
+
+
+def gather(study: plan.Study, folder: pathlib.Path) -> dict[str, list[Record]]:
+    """Reads the records of a study.
+
+    Raises:
+      ValueError: for a damaged record, one of another recipe or protocol, or of other images.
+    """
+    gathered: dict[str, list[Record]] = {}
+    for name, trial in study.trials.items():
+        found = [read(path_of(folder, name, seed), trial.at(seed)) for seed in trial.seeds]
+        gathered[name] = [record for record in found if record]
+    for stage in plan.STAGES:
+        _check_alike(stage, plan.settings(study.protocol, stage), gathered)
+    return gathered
+
+
+def _check_alike(stage: str, protocol: Mapping[str, Any], gathered: Gathered) -> None:
+    """Checks that all were judged alike, and on the same images."""
+    seen: dict[str, str] = {}
+    for record in itertools.chain(*gathered.values()):
+        if stage not in record:
+            continue
+        where = f"the record of {record['trial']!r}, seed {record['seed']},"
+        if record[stage].get("protocol") != protocol:
+            raise ValueError(
+                f"{where} was judged by {record[stage].get('protocol')}, and the study says "
+                f"{protocol}: take {stage!r} out of such records, and what is missing is judged "
+                "again."
+            )
+        seen.setdefault(record[stage]["data"]["hash"], where)
+    if len(seen) > 1:
+        raise ValueError(f"{' and '.join(seen.values())} were judged on other images ({stage}).")
+
+
+def having(gathered: Gathered, stage: str) -> dict[str, list[Record]]:
+    """Returns the trials that have an evaluation, with the records that have it."""
+    found = {
+        name: [record for record in some if stage in record] for name, some in gathered.items()
+    }
+    return {name: some for name, some in found.items() if some}
 
 
 def portable(config: TrainConfig) -> dict[str, Any]:

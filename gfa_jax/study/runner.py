@@ -66,7 +66,7 @@ def run(flags: Flags, command: str) -> None:
     out = pathlib.Path(flags.out)
     folder = pathlib.Path(flags.records) if flags.records else out / "records"
     # All records are looked at before the first hour is spent.
-    page.gather(study, folder)
+    records.gather(study, folder)
     if not flags.write_only:
         _check_runs(study, chosen, out)
         config = study.trials[chosen[0]].config.data
@@ -81,7 +81,7 @@ def run(flags: Flags, command: str) -> None:
                 if number < len(seeds):
                     _work(study, name, seeds[number], out, folder, flags, judge)
     target = pathlib.Path(flags.page) if flags.page else out / "study.md"
-    page.write(study, page.gather(study, folder), target, command)
+    page.write(study, records.gather(study, folder), target, command)
     print(f"written: {target}", file=sys.stderr)
 
 

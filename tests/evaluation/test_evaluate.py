@@ -222,6 +222,9 @@ def test_minimum_norms_ensembles_and_feature_attacks(workdir, tmp_path):
     assert set(broken) == {"apgd-ce", "square"}
     share = results["clean_accuracy"] - results["robust_accuracy"][custom]
     assert sum(broken.values()) == round(50 * share)
+    # Square counts within an ensemble, too.
+    (black_box,) = (entry for entry in results["diagnostics"] if entry["id"] == "D5")
+    assert black_box["value"] == broken["square"] / 50
 
 
 def test_geometry_covers_every_layer_and_curves_end_at_the_whole_box(evaluated):

@@ -58,23 +58,25 @@ def test_paired_differences_are_the_published_ones(counts, expected):
     ],
 )
 def test_unpaired_differences_are_the_published_ones(left, right, expected):
-    low, high = intervals.unpaired_difference(left, right)
+    difference, low, high = intervals.unpaired_difference(left, right)
+    assert difference == pytest.approx(left[0] / left[1] - right[0] / right[1])
     assert (low, high) == pytest.approx(expected, abs=6e-5)
-    assert intervals.unpaired_difference(right, left) == pytest.approx((-high, -low))
+    mirrored = (-difference, -high, -low)
+    assert intervals.unpaired_difference(right, left) == pytest.approx(mirrored)
 
 
 def test_means_of_several_trainings_have_students_interval():
     values = [0.3, 0.5, 0.7]
-    found = intervals.mean(values)
+    found = intervals.student(values)
     test = scipy.stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
     assert found == pytest.approx((test.low, test.high))
     # 4.303 standard errors, by any table.
     assert found == pytest.approx(
         (0.5 - 4.303 * 0.2 / 3**0.5, 0.5 + 4.303 * 0.2 / 3**0.5), abs=1e-4
     )
-    assert intervals.mean([0.3]) is None
+    assert intervals.student([0.3]) is None
     with pytest.raises(ValueError, match="confidence=1"):
-        intervals.mean(values, 1.0)
+        intervals.student(values, 1.0)
 
 
 def test_paired_differences_change_sign_with_the_order_and_stay_in_range():
