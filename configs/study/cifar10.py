@@ -397,10 +397,10 @@ does not rule out:
 The theory is right where it can be checked: in a network without biases, alignment in the dual of
 l_inf promises a radius, and that radius is what DeepFool finds (table and picture of radii). So GFA
 at the input does enlarge radii, as a penalty on the gradient that does not depend on its scale. But
-adversarial training, which does not ask for it, ends more aligned, at the input and in hidden
-layers (picture of alignment). Why asking buys less is open. That GFA spends itself on images that are safe already is not the
-whole answer: asking for no more than one or two epsilons (the ceilings) gave clean accuracy back,
-and robustness away.
+adversarial training, which does not ask for alignment, ends with more of it, at the input and in
+hidden layers (picture of alignment). Why asking buys less is open. That GFA spends itself on images
+that are safe already is not the whole answer: asking for no more than one or two epsilons (the
+ceilings) gave clean accuracy back, and robustness away.
 """
 
 
