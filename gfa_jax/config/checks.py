@@ -16,7 +16,7 @@ from gfa_jax.config.schema import (
 )
 from gfa_jax.data import PLACEMENTS
 from gfa_jax.models import MODELS
-from gfa_jax.models.layers import INITIALIZERS
+from gfa_jax.models.layers import ACTIVATIONS, INITIALIZERS
 from gfa_jax.models.registry import DTYPES
 
 
@@ -48,6 +48,7 @@ def validate(config: TrainConfig, *, num_devices: int = 1, num_processes: int = 
     _validate.one_of(PLACEMENTS, **{"config.data.placement": config.data.placement})
     _validate.one_of(PRECISIONS, **{"config.precision": config.precision})
     _validate.one_of(MODELS, **{"config.model.name": config.model.name})
+    _validate.one_of(ACTIVATIONS, **{"config.model.activation_fn": config.model.activation_fn})
     _validate.one_of(INITIALIZERS, **{"config.model.initializer": config.model.initializer})
     _validate.one_of(norms.DUALS, **{"config.threat.norm": config.threat.norm})
     _validate.one_of(objectives.TARGETS, **{"config.gfa.target": config.gfa.target})

@@ -49,6 +49,8 @@ class ModelConfig:
     """Without biases and normalisation layers, as alignment needs it."""
     width: float = 1.0
     """Factor on all channel counts."""
+    activation_fn: str = "relu"
+    """``relu``, ``leaky_relu``, or, where ``homogeneous`` is false, ``gelu`` or ``silu``."""
     initializer: str = "he"
     """``he`` or ``orthogonal``."""
     input_mean: tuple[float, ...] = (0.0,)

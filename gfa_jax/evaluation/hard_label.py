@@ -93,7 +93,9 @@ def closest_by_labels(
         better = turned & (nearest < best)
         return jnp.where(better, high, reach), jnp.where(better, nearest, best)
 
-    whole = norms.vector_norm(jnp.full_like(inputs, upper - lower), threat.norm)
+    # Of one example: XLA would reduce a whole batch of constants when it compiles, for seconds.
+    diameter = norms.vector_norm(jnp.full_like(inputs[:1], upper - lower), threat.norm)
+    whole = jnp.broadcast_to(diameter, labels.shape)
     clean_wrong = base.is_misclassified(logits_fn(inputs), labels)
     start = whole, jnp.where(clean_wrong, 0, jnp.full_like(whole, jnp.inf))
     return jax.lax.fori_loop(0, num_directions, search, start)[1]

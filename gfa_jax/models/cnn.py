@@ -12,15 +12,16 @@ from gfa_jax.types import Array
 
 
 class Block(nn.Module):
-    """Convolution or dense layer, optional BatchNorm, ReLU; its output is one feature.
+    """Convolution or dense layer, optional BatchNorm, activation; its output is one feature.
 
     Attributes:
       features: output channels.
       kernel_size: spatial kernel; empty for a dense layer.
       use_bias: whether the layer has a bias. Without bias and BatchNorm the block is positively
-        homogeneous.
+        homogeneous where the activation is.
       batch_norm: whether BatchNorm follows the layer.
       padding: of the convolution, ``SAME`` or ``VALID``.
+      activation_fn: a key of ``layers.ACTIVATIONS``.
       initializer: a key of ``layers.INITIALIZERS``.
       dtype: of the computation; parameters stay float32.
       axis_name: of ``layers.batch_norm``.
@@ -31,6 +32,7 @@ class Block(nn.Module):
     use_bias: bool = False
     batch_norm: bool = False
     padding: str = "SAME"
+    activation_fn: str = "relu"
     initializer: str = "he"
     dtype: Any = None
     axis_name: str | None = None
@@ -62,7 +64,7 @@ class Block(nn.Module):
             hidden = layers.batch_norm(
                 train=train, dtype=self.dtype, axis_name=self.axis_name, name="norm"
             )(hidden)
-        return nn.relu(hidden)
+        return layers.ACTIVATIONS[self.activation_fn](hidden)
 
 
 class CNN(nn.Module):
@@ -83,6 +85,7 @@ class CNN(nn.Module):
       pooling: ``max`` or ``average``.
       global_pool: whether global average pooling follows the last stage.
       padding: ``SAME`` or ``VALID``.
+      activation_fn: a key of ``layers.ACTIVATIONS``.
       initializer: ``he`` or ``orthogonal``; the head starts smaller.
       dtype: of the blocks' computation, such as ``jnp.bfloat16``; ``None`` for that of the inputs.
         Parameters, statistics, normalised inputs and logits are float32.
@@ -100,6 +103,7 @@ class CNN(nn.Module):
     pooling: str = "average"
     global_pool: bool = True
     padding: str = "SAME"
+    activation_fn: str = "relu"
     initializer: str = "he"
     dtype: Any = None
     remat: bool = False
@@ -118,11 +122,13 @@ class CNN(nn.Module):
         """
         _validate.one_of(("average", "max"), pooling=self.pooling)
         _validate.one_of(layers.INITIALIZERS, initializer=self.initializer)
+        layers.validate_activation(self.activation_fn, homogeneous=False)
         max_pool = functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))
         pool = layers.average_pool if self.pooling == "average" else max_pool
         options = {
             "use_bias": self.use_bias,
             "batch_norm": self.batch_norm,
+            "activation_fn": self.activation_fn,
             "initializer": self.initializer,
             "dtype": self.dtype,
             "axis_name": self.axis_name,

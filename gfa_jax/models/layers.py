@@ -1,7 +1,7 @@
 """Layers that the models share."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gfa_jax import norms
+from gfa_jax import _validate, norms
 from gfa_jax.models import winograd
 from gfa_jax.types import Array
 
@@ -23,8 +23,36 @@ INITIALIZERS = {
 }
 """Kernel initialisers that keep the signal's scale through ReLU; framework defaults shrink it at
 every layer."""
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": nn.relu,
+    "leaky_relu": nn.leaky_relu,
+    "gelu": nn.gelu,
+    "silu": nn.silu,
+}
+"""What follows a convolution or dense layer, elementwise."""
+HOMOGENEOUS_ACTIVATIONS = ("relu", "leaky_relu")
+"""Those of degree 1. They are linear piece by piece, with no second derivative to speak of; the
+others are smooth."""
 HEAD_INITIALIZER = nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
 """Of the last layer: logits start small."""
+
+
+def validate_activation(activation_fn: str, *, homogeneous: bool) -> None:
+    """Checks the name of an activation function.
+
+    Args:
+      activation_fn: a key of ``ACTIVATIONS``.
+      homogeneous: whether the network is to be homogeneous.
+
+    Raises:
+      ValueError: for an unknown name, or one whose function is not of degree 1 and should be.
+    """
+    _validate.one_of(ACTIVATIONS, activation_fn=activation_fn)
+    if homogeneous and activation_fn not in HOMOGENEOUS_ACTIVATIONS:
+        raise ValueError(
+            f"activation_fn={activation_fn!r} is not homogeneous: pass homogeneous=False, or one "
+            f"of {HOMOGENEOUS_ACTIVATIONS}."
+        )
 
 
 class Normalize(nn.Module):

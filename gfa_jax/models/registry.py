@@ -24,9 +24,9 @@ class ModelSpec:
     """One entry of the registry.
 
     Attributes:
-      factory: ``(num_classes, homogeneous, width, initializer, input_mean, input_std, dtype, remat,
-        axis_name) -> module`` (all by keyword); the module's ``__call__`` is ``(inputs, train) ->
-        logits``.
+      factory: ``(num_classes, homogeneous, width, activation_fn, initializer, input_mean,
+        input_std, dtype, remat, axis_name) -> module`` (all by keyword); the module's ``__call__``
+        is ``(inputs, train) -> logits``.
       input_layer: the tap of the network's normalised input.
       hidden_layers: the pattern of the taps that are aligned by default.
       min_size: the smallest image height and width that the model takes.
@@ -88,12 +88,18 @@ def _vit(num_heads: int) -> ModelFactory:
         *,
         homogeneous: bool,
         width: float,
+        activation_fn: str,
         initializer: str,
         axis_name: str | None,
         **options: object,
     ) -> nn.Module:
         # There is no homogeneous form, and no BatchNorm either.
         del homogeneous, axis_name
+        if activation_fn != "relu":
+            raise ValueError(
+                f"activation_fn={activation_fn!r} is for networks of ReLUs; a ViT has GELU: leave "
+                "the default."
+            )
         if initializer != "he":
             raise ValueError(
                 f"initializer={initializer!r} is for networks of ReLUs; a ViT has an "
@@ -185,6 +191,7 @@ def create(
     num_classes: int,
     homogeneous: bool = True,
     width: float = 1.0,
+    activation_fn: str = "relu",
     initializer: str = "he",
     input_mean: Sequence[float] = (0.0,),
     input_std: Sequence[float] = (1.0,),
@@ -201,6 +208,8 @@ def create(
         has degree 1 and alignment is possible; otherwise the usual form with biases (and BatchNorm
         in ``cnn7`` and residual networks). ViTs have the usual form only.
       width: factor on all channel counts, > 0.
+      activation_fn: ``relu``, ``leaky_relu`` (slope .01 below 0), or, where it need not be
+        homogeneous, ``gelu`` or ``silu``; ViTs, which have GELU, take the default only.
       initializer: ``he`` or ``orthogonal``; ViTs, which have their own, take the default only.
       input_mean: subtracted from images inside the model, one value or one for each channel.
       input_std: divides them; > 0.
@@ -214,6 +223,7 @@ def create(
     """
     _validate.one_of(MODELS, model=name)
     _validate.one_of(layers.INITIALIZERS, initializer=initializer)
+    layers.validate_activation(activation_fn, homogeneous=homogeneous)
     _validate.one_of(DTYPES, dtype=dtype)
     _validate.positive(width=width, **{f"input_std[{i}]": std for i, std in enumerate(input_std)})
     if num_classes < 2:
@@ -227,6 +237,7 @@ def create(
         num_classes=num_classes,
         homogeneous=homogeneous,
         width=width,
+        activation_fn=activation_fn,
         initializer=initializer,
         input_mean=tuple(input_mean),
         input_std=tuple(input_std),

@@ -34,27 +34,29 @@ def _convolution(
 
 
 class Activation(nn.Module):
-    """BatchNorm, where the network has it, and ReLU.
+    """BatchNorm, where the network has it, and the activation function.
 
     Attributes:
       batch_norm: whether BatchNorm comes first.
+      activation_fn: a key of ``layers.ACTIVATIONS``.
       dtype: of the computation.
       axis_name: of ``layers.batch_norm``.
     """
 
     batch_norm: bool
+    activation_fn: str = "relu"
     dtype: Any = None
     axis_name: str | None = None
 
     @nn.compact
     def __call__(self, inputs: Array, train: bool) -> Array:
-        """Maps ``[B, H, W, C]`` to the same shape, >= 0."""
+        """Maps ``[B, H, W, C]`` to the same shape."""
         hidden = inputs
         if self.batch_norm:
             hidden = layers.batch_norm(
                 train=train, dtype=self.dtype, axis_name=self.axis_name, name="norm"
             )(hidden)
-        return nn.relu(hidden)
+        return layers.ACTIVATIONS[self.activation_fn](hidden)
 
 
 class Block(nn.Module):
@@ -68,6 +70,7 @@ class Block(nn.Module):
       strides: of the first convolution and the shortcut.
       batch_norm: whether activations have BatchNorm.
       branch_scale: factor on the convolutions' output before it is added.
+      activation_fn: a key of ``layers.ACTIVATIONS``.
       initializer: a key of ``layers.INITIALIZERS``.
       dtype: of the computation; parameters stay float32.
       axis_name: of ``layers.batch_norm``.
@@ -77,6 +80,7 @@ class Block(nn.Module):
     strides: int = 1
     batch_norm: bool = True
     branch_scale: float = 1.0
+    activation_fn: str = "relu"
     initializer: str = "he"
     dtype: Any = None
     axis_name: str | None = None
@@ -85,7 +89,9 @@ class Block(nn.Module):
     def __call__(self, inputs: Array, train: bool) -> Array:
         """Maps ``[B, H, W, C]`` to ``[B, H', W', features]`` with ``H' = ceil(H / strides)``."""
         options: dict[str, Any] = {"initializer": self.initializer, "dtype": self.dtype}
-        activation = functools.partial(Activation, self.batch_norm, self.dtype, self.axis_name)
+        activation = functools.partial(
+            Activation, self.batch_norm, self.activation_fn, self.dtype, self.axis_name
+        )
         hidden = activation(name="activation_0")(inputs, train)
         shortcut = inputs
         if self.strides != 1 or inputs.shape[-1] != self.features:
@@ -126,6 +132,7 @@ class ResNet(nn.Module):
       input_mean: of ``layers.Normalize``.
       input_std: of ``layers.Normalize``.
       homogeneous: whether it is the homogeneous form.
+      activation_fn: a key of ``layers.ACTIVATIONS``, in the homogeneous form one of degree 1.
       initializer: ``he`` or ``orthogonal``; the head starts smaller.
       dtype: of the computation up to the mean over the image, such as ``jnp.bfloat16``; ``None``
         for that of the inputs. Parameters, statistics, normalised inputs and logits are float32.
@@ -139,6 +146,7 @@ class ResNet(nn.Module):
     input_mean: Sequence[float] = (0.0,)
     input_std: Sequence[float] = (1.0,)
     homogeneous: bool = False
+    activation_fn: str = "relu"
     initializer: str = "he"
     dtype: Any = None
     remat: bool = False
@@ -156,9 +164,11 @@ class ResNet(nn.Module):
           float32 ``[B, num_classes]``.
 
         Raises:
-          ValueError: for an unknown initialiser, or stages without blocks.
+          ValueError: for an unknown initialiser, an activation function that does not fit, or
+            stages without blocks.
         """
         _validate.one_of(layers.INITIALIZERS, initializer=self.initializer)
+        layers.validate_activation(self.activation_fn, homogeneous=self.homogeneous)
         if not self.stages or not all(self.stages):
             raise ValueError(f"stages={self.stages} must have at least one block in every stage.")
         options: dict[str, Any] = {"initializer": self.initializer, "dtype": self.dtype}
@@ -177,14 +187,15 @@ class ResNet(nn.Module):
                     strides=2 if stage > 0 and position == 0 else 1,
                     batch_norm=batch_norm,
                     branch_scale=branch_scale,
+                    activation_fn=self.activation_fn,
                     axis_name=self.axis_name,
                     name=f"block_{index}",
                     **options,
                 )(hidden, train)
                 index += 1
-        hidden = Activation(batch_norm, self.dtype, self.axis_name, name="activation")(
-            hidden, train
-        )
+        hidden = Activation(
+            batch_norm, self.activation_fn, self.dtype, self.axis_name, name="activation"
+        )(hidden, train)
         hidden = hidden.mean(axis=(1, 2))
         head = nn.Dense(
             self.num_classes,

@@ -135,6 +135,7 @@ def build_classifier(
         num_classes=num_classes,
         homogeneous=config.model.homogeneous,
         width=config.model.width,
+        activation_fn=config.model.activation_fn,
         initializer=config.model.initializer,
         input_mean=config.model.input_mean,
         input_std=config.model.input_std,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gfa_jax import taps
-from gfa_jax.models import MODELS, create
+from gfa_jax.models import MODELS, create, layers
 from gfa_jax.training import state
 
 FORMS = [
@@ -84,6 +84,29 @@ def test_homogeneous_models_scale_with_their_normalised_input(name, key):
     chex.assert_trees_all_close(logits(3 * images), 3 * logits(images), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["cnn4", "preact_resnet18"])
+def test_activation_functions(name, key):
+    """What tells them apart: degree 1, and a second derivative of the logits."""
+    is_linear_by_pieces, scales = {}, {}
+    for activation_fn in layers.ACTIVATIONS:
+        homogeneous = activation_fn in layers.HOMOGENEOUS_ACTIVATIONS
+        options = {"width": 0.0625 if name != "cnn4" else 1.0, "homogeneous": homogeneous}
+        module, variables, images = build(name, key, activation_fn=activation_fn, **options)
+
+        def logit(images, module=module, variables=variables):
+            return module.apply(variables, images)[:, 0].sum()
+
+        def second(images, logit=logit):
+            return jax.grad(lambda x: jax.grad(logit)(x).sum())(images)
+
+        is_linear_by_pieces[activation_fn] = not np.abs(jax.jit(second)(images)).max() > 0
+        logit = jax.jit(logit)
+        scales[activation_fn] = float(logit(3 * images) / logit(images))
+    assert is_linear_by_pieces == {"relu": True, "leaky_relu": True, "gelu": False, "silu": False}
+    assert all(abs(scales[name] - 3) < 1e-3 for name in layers.HOMOGENEOUS_ACTIVATIONS)
+    assert all(abs(scales[name] - 3) > 1e-2 for name in ("gelu", "silu"))
+
+
 @pytest.mark.parametrize("name", [name for name, homogeneous in FORMS if homogeneous])
 def test_homogeneous_models_have_no_biases_and_no_statistics(name, key):
     _, variables, _ = initial_shapes(name, key)
@@ -122,6 +145,10 @@ def test_bad_options_name_the_argument():
         create("cnn5", num_classes=10)
     with pytest.raises(ValueError, match="initializer='xavier' is not one of"):
         create("cnn4", num_classes=10, initializer="xavier")
+    with pytest.raises(ValueError, match="activation_fn='swish' is not one of"):
+        create("cnn4", num_classes=10, activation_fn="swish")
+    with pytest.raises(ValueError, match="activation_fn='silu' is not homogeneous: pass homog"):
+        create("cnn4", num_classes=10, activation_fn="silu")
     with pytest.raises(ValueError, match="width=0 must be"):
         create("cnn4", num_classes=10, width=0)
     with pytest.raises(ValueError, match=r"input_std\[0\]=0.0"):

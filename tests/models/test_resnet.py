@@ -181,5 +181,7 @@ def test_bad_options_name_the_argument(key):
         ResNet(5, stem=4, stages=()).init(key, images)
     with pytest.raises(ValueError, match=r"stages=\(\(4,\), \(\)\) must have at least one block"):
         ResNet(5, stem=4, stages=((4,), ())).init(key, images)
+    with pytest.raises(ValueError, match="activation_fn='gelu' is not homogeneous"):
+        ResNet(5, stem=4, stages=((4,),), homogeneous=True, activation_fn="gelu").init(key, images)
     with pytest.raises(ValueError, match="initializer='xavier' is not one of"):
         ResNet(5, stem=4, stages=((4,),), initializer="xavier").init(key, images)

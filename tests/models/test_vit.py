@@ -136,5 +136,7 @@ def test_bad_options_name_the_argument(key):
             ViT(**{**TINY, **options}).init(key, images)
     with pytest.raises(ValueError, match="model='vit_tiny' has no homogeneous form"):
         models.create("vit_tiny", num_classes=10)
+    with pytest.raises(ValueError, match="activation_fn='silu' is for networks of ReLUs"):
+        models.create("vit_tiny", num_classes=10, homogeneous=False, activation_fn="silu")
     with pytest.raises(ValueError, match="initializer='orthogonal' is for networks of ReLUs"):
         models.create("vit_tiny", num_classes=10, homogeneous=False, initializer="orthogonal")
