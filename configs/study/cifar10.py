@@ -33,8 +33,7 @@ _WARMUP: dict[str, Any] = {"warmup_fraction": 0.25}
 
 def _recipe(
     *,
-    homogeneous: bool = True,
-    initializer: str = "he",
+    network: dict[str, Any] | None = None,
     steps: int = 1000,
     images: int = 16_000,
     **parts: Any,
@@ -46,9 +45,7 @@ def _recipe(
         # The same steps, faster on CPU; batches of 128 all the same.
         accumulation_steps=4,
         data=dataclasses.replace(base.data, max_train_examples=images),
-        model=dataclasses.replace(
-            base.model, width=0.5, homogeneous=homogeneous, initializer=initializer
-        ),
+        model=dataclasses.replace(base.model, **{"width": 0.5, **(network or {})}),
         loop=LoopConfig(
             log_every=20, checkpoint_every=250, eval_attack_steps=0, eval_examples=1000
         ),
@@ -61,6 +58,11 @@ def _gfa(**fields: Any) -> GFAConfig:
     return GFAConfig(**{"weight": 20.0, "hidden_weight": 0.0, **fields})
 
 
+_BIASED: dict[str, Any] = {"homogeneous": False}
+_SMOOTH: dict[str, Any] = {"homogeneous": False, "activation_fn": "silu"}
+# As many FLOPs as the small CNN.
+_RESNET: dict[str, Any] = {"name": "preact_resnet18", "width": 0.125}
+_NORMALIZED: dict[str, Any] = {**_RESNET, "homogeneous": False}
 _FGSM = AttackConfig(name="fgsm", **_WARMUP)
 _PGD_2 = AttackConfig(name="pgd", num_steps=2, **_WARMUP)
 _FEW = 2000
@@ -79,7 +81,7 @@ _LITERAL: dict[str, Any] = {
 
 TRIALS: dict[str, Trial] = {
     "standard": Trial(label="standard", config=_recipe(), seeds=_SEEDS, is_tested=True),
-    "standard_biased": Trial(label="standard, with biases", config=_recipe(homogeneous=False)),
+    "standard_biased": Trial(label="standard, with biases", config=_recipe(network=_BIASED)),
     "fgsm_at": Trial(label="FGSM-AT", config=_recipe(attack=_FGSM), seeds=_SEEDS, is_tested=True),
     "pgd2_at": Trial(
         label="PGD-2 AT",
@@ -125,7 +127,7 @@ TRIALS: dict[str, Trial] = {
     ),
     "gfa_literal_biased": Trial(
         label="GFA, literal reading, lambda 1, with biases",
-        config=_recipe(homogeneous=False, gfa=GFAConfig(weight=1.0, **_LITERAL)),
+        config=_recipe(network=_BIASED, gfa=GFAConfig(weight=1.0, **_LITERAL)),
         hypothesis="The paper's networks may have biases, with which the radius identity fails.",
         outcome="No more robust than standard training either.",
     ),
@@ -146,8 +148,9 @@ TRIALS: dict[str, Trial] = {
     ),
     "gfa_input_biased": Trial(
         label="GFA at the input, lambda 20, with biases",
-        config=_recipe(homogeneous=False, gfa=_gfa()),
+        config=_recipe(network=_BIASED, gfa=_gfa()),
         hypothesis="Biases make a linear part that alignment does not see.",
+        is_tested=True,
     ),
     "gfa_input_5": Trial(
         label="GFA at the input, lambda 5",
@@ -258,9 +261,45 @@ TRIALS: dict[str, Trial] = {
     ),
     "gfa_orthogonal": Trial(
         label="GFA at the input, lambda 20, orthogonal start",
-        config=_recipe(initializer="orthogonal", gfa=_gfa()),
+        config=_recipe(network={"initializer": "orthogonal"}, gfa=_gfa()),
         hypothesis="Near-isometric layers carry alignment from the head to the input.",
         outcome="No better than He's start.",
+    ),
+    "smooth_fgsm_at": Trial(label="SiLU: FGSM-AT", config=_recipe(network=_SMOOTH, attack=_FGSM)),
+    "smooth_gradient_norm": Trial(
+        label="SiLU: gradient norm",
+        config=_recipe(network=_SMOOTH, regularizers=(_GRADIENT_NORM,)),
+    ),
+    "smooth_gfa": Trial(
+        label="SiLU: GFA at the input, lambda 20",
+        config=_recipe(network=_SMOOTH, gfa=_gfa()),
+        hypothesis="Penalties on gradients work better where a second derivative sees all of the "
+        "network; ReLU's sees none of its kinks.",
+    ),
+    "resnet_standard": Trial(
+        label="ResNet: standard", config=_recipe(network=_NORMALIZED), is_tested=True
+    ),
+    "resnet_fgsm_at": Trial(
+        label="ResNet: FGSM-AT",
+        config=_recipe(network=_NORMALIZED, attack=_FGSM),
+        is_tested=True,
+    ),
+    "resnet_gfa": Trial(
+        label="ResNet: GFA at the input, lambda 20",
+        config=_recipe(network=_NORMALIZED, gfa=_gfa()),
+        hypothesis="With BatchNorm and biases alignment promises no radius, and may yet defend.",
+        is_tested=True,
+    ),
+    "homogeneous_resnet_fgsm_at": Trial(
+        label="homogeneous ResNet: FGSM-AT",
+        config=_recipe(network=_RESNET, attack=_FGSM),
+        is_tested=True,
+    ),
+    "homogeneous_resnet_gfa": Trial(
+        label="homogeneous ResNet: GFA at the input, lambda 20",
+        config=_recipe(network=_RESNET, gfa=_gfa()),
+        hypothesis="Without them the promise holds in a deeper network, too.",
+        is_tested=True,
     ),
     "few_fgsm_at": Trial(label="2,000 images: FGSM-AT", config=_recipe(images=_FEW, attack=_FGSM)),
     "few_pgd2_at": Trial(
