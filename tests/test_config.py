@@ -8,6 +8,7 @@ import pathlib
 import jax
 import pytest
 
+from configs.study import cifar10
 from gfa_jax import cli
 from gfa_jax import config as config_lib
 from gfa_jax.training import objective, recipe
@@ -57,6 +58,28 @@ def test_a_file_of_many_recipes_needs_a_name():
         config_lib.load_file(path.replace("_baselines", "_gfa") + ":x")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         config_lib.load_file(path.replace("_baselines", "_baseline") + ":trades")
+
+
+@pytest.mark.parametrize(
+    ("name", "trial"),
+    [
+        ("cifar10_standard", "standard"),
+        ("cifar10_gfa", "gfa_input"),
+        ("cifar10_fgsm_at", "fgsm_at"),
+        ("cifar10_pgd_at", "pgd10_at"),
+        ("cifar10_gfa_at", "gfa_fgsm_weak"),
+    ],
+)
+def test_shipped_recipes_are_the_studys(name, trial):
+    """But for their length, width and images."""
+    shipped = importlib.import_module(f"configs.{name}").get_config()
+    tried = cifar10.get_config(trial)
+    assert (shipped.gfa, shipped.attack) == (tried.gfa, tried.attack)
+    assert (shipped.optimizer, shipped.threat, shipped.loss) == (
+        tried.optimizer,
+        tried.threat,
+        tried.loss,
+    )
 
 
 def test_a_config_holds_primitives_only():
