@@ -276,13 +276,9 @@ TRIALS: dict[str, Trial] = {
         hypothesis="Penalties on gradients work better where a second derivative sees all of the "
         "network; ReLU's sees none of its kinks.",
     ),
-    "resnet_standard": Trial(
-        label="ResNet: standard", config=_recipe(network=_NORMALIZED), is_tested=True
-    ),
+    "resnet_standard": Trial(label="ResNet: standard", config=_recipe(network=_NORMALIZED)),
     "resnet_fgsm_at": Trial(
-        label="ResNet: FGSM-AT",
-        config=_recipe(network=_NORMALIZED, attack=_FGSM),
-        is_tested=True,
+        label="ResNet: FGSM-AT", config=_recipe(network=_NORMALIZED, attack=_FGSM)
     ),
     "resnet_gfa": Trial(
         label="ResNet: GFA at the input, lambda 20",
@@ -293,7 +289,6 @@ TRIALS: dict[str, Trial] = {
     "homogeneous_resnet_fgsm_at": Trial(
         label="homogeneous ResNet: FGSM-AT",
         config=_recipe(network=_RESNET, attack=_FGSM),
-        is_tested=True,
     ),
     "homogeneous_resnet_gfa": Trial(
         label="homogeneous ResNet: GFA at the input, lambda 20",
