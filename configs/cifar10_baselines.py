@@ -7,7 +7,7 @@ do. Where they depart from the source: 1,000 training images are held out to cho
 on pairs the clean pass gives BatchNorm's running statistics, where the authors let both passes;
 further departures are named in the recipe.
 Data: CIFAR-10 through tensorflow-datasets (49,000 training, 1,000 validation, 10,000 test images);
-`python -m gfa_jax.data.prepare cifar10 --data_dir DIR` prepares it.
+`python -m gfa_jax.data.prepare cifar10 --data_dir DIR --archive PATH` prepares it.
 Cost: 15 to 200 epochs at 1 to 11 times the FLOPs of a standard step (`train.py --dry_run` counts
 them): for a GPU or more.
 Result: not measured here yet; the papers' figures are in their tables.

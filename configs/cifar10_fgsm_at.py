@@ -3,7 +3,7 @@
 Source: Wong et al. 2020, arXiv 2001.03994; epsilon rises over the first quarter, which bias-free
 networks need.
 Data: CIFAR-10 through tensorflow-datasets (45,000 training, 5,000 validation, 10,000 test images);
-`python -m gfa_jax.data.prepare cifar10 --data_dir DIR` prepares it.
+`python -m gfa_jax.data.prepare cifar10 --data_dir DIR --archive PATH` prepares it.
 Cost: 30 epochs at 1.7 times the FLOPs of a standard step.
 Result: not measured at this length yet; docs/study.md has a smaller budget.
 Command: python train.py --config configs/cifar10_fgsm_at.py --workdir runs/cifar10_fgsm_at

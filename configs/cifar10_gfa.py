@@ -2,9 +2,10 @@
 
 Source: arXiv 2511.13749 in this library's reading (docs/method.md): alignment of the normalised
 input with the gradient of a sampled margin, in the dual of l_inf, log form. On colour images the
-other targets have no window between no effect and collapse.
+log-odds are weaker, the cross-entropy has no window between no effect and collapse, and with the
+nearest class the network dies (docs/study.md).
 Data: CIFAR-10 through tensorflow-datasets (45,000 training, 5,000 validation, 10,000 test images);
-`python -m gfa_jax.data.prepare cifar10 --data_dir DIR` prepares it.
+`python -m gfa_jax.data.prepare cifar10 --data_dir DIR --archive PATH` prepares it.
 Cost: 30 epochs at twice the FLOPs of a standard step.
 Result: not measured at this length yet; docs/study.md has a smaller budget.
 Command: python train.py --config configs/cifar10_gfa.py --workdir runs/cifar10_gfa

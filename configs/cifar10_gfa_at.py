@@ -1,9 +1,8 @@
 """Gradient-feature alignment on FGSM adversarial examples of CIFAR-10.
 
-Source: composition of cifar10_gfa and cifar10_fgsm_at, with the weight that docs/study.md found:
-more of it gives up robustness.
+Source: composition of cifar10_gfa and cifar10_fgsm_at, with the weight that docs/study.md chose.
 Data: CIFAR-10 through tensorflow-datasets (45,000 training, 5,000 validation, 10,000 test images);
-`python -m gfa_jax.data.prepare cifar10 --data_dir DIR` prepares it.
+`python -m gfa_jax.data.prepare cifar10 --data_dir DIR --archive PATH` prepares it.
 Cost: 30 epochs at 2.7 times the FLOPs of a standard step.
 Result: not measured at this length yet; docs/study.md has a smaller budget.
 Command: python train.py --config configs/cifar10_gfa_at.py --workdir runs/cifar10_gfa_at

@@ -3,7 +3,7 @@
 Source: the recipe of cifar10_gfa, not tuned for the others; statistics and augmentation are those
 of gfa_jax.data.statistics. config.gfa.weight=0 gives the standard training beside it.
 Data: MNIST, Fashion-MNIST, KMNIST, CIFAR-100, SVHN, Tiny-ImageNet, downsampled ImageNet;
-`python -m gfa_jax.data.prepare NAME --data_dir DIR` prepares it, see docs/data.md.
+`python -m gfa_jax.data.prepare NAME --data_dir DIR --archive PATH` prepares it, see docs/data.md.
 Cost: 30 epochs (10 of ImageNet) at twice the FLOPs of a standard step.
 Result: none yet.
 Command: python train.py --config configs/tfds_gfa.py:svhn_cropped --workdir runs/svhn_gfa

@@ -75,7 +75,7 @@ TRANSFORMS: Mapping[str, Transform] = {
 them to four places. Exceptions: those of `imagenet2012` and `imagenette` are the constants of
 torchvision's models, whose `std` is smaller than that of all pixels (.28 at full size), and the
 `std` of `imagenet_resized/64x64` was found in one implementation only. `cifar10` was compared with
-pixels (a JPEG copy, to .003); for the others, `channel_statistics` tells.
+pixels (a JPEG copy, to .002); for the others, `channel_statistics` tells.
 
 Augmentation: pad and crop by an eighth of the side, and flip, as He et al. (2016, section 4.2) for
 CIFAR; also for Fashion-MNIST, as Zhong et al. (2020). Characters are not mirrored: a flipped digit
