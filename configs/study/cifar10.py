@@ -73,6 +73,7 @@ def _gfa(**fields: Any) -> GFAConfig:
 
 _BIASED: dict[str, Any] = {"homogeneous": False}
 _SMOOTH: dict[str, Any] = {"homogeneous": False, "activation_fn": "silu"}
+_SMOOTH_HOMOGENEOUS: dict[str, Any] = {"activation_fn": "scaled_silu"}
 # As many FLOPs as the small CNN.
 _RESNET: dict[str, Any] = {"name": "preact_resnet18", "width": 0.125}
 _NORMALIZED: dict[str, Any] = {**_RESNET, "homogeneous": False}
@@ -288,6 +289,18 @@ TRIALS: dict[str, Trial] = {
         config=_recipe(network=_SMOOTH, gfa=_gfa()),
         hypothesis="Penalties on gradients work better where a second derivative sees all of the "
         "network; ReLU's sees none of its kinks.",
+    ),
+    "smooth_homogeneous_fgsm_at": Trial(
+        label="scaled SiLU: FGSM-AT", config=_recipe(network=_SMOOTH_HOMOGENEOUS, attack=_FGSM)
+    ),
+    "smooth_homogeneous_gradient_norm": Trial(
+        label="scaled SiLU: gradient norm",
+        config=_recipe(network=_SMOOTH_HOMOGENEOUS, regularizers=(_GRADIENT_NORM,)),
+    ),
+    "smooth_homogeneous_gfa": Trial(
+        label="scaled SiLU: GFA at the input, lambda 20",
+        config=_recipe(network=_SMOOTH_HOMOGENEOUS, gfa=_gfa()),
+        hypothesis="Alignment needs homogeneity, and its derivative needs smoothness.",
     ),
     "resnet_standard": Trial(label="ResNet: standard", config=_recipe(network=_NORMALIZED)),
     "resnet_fgsm_at": Trial(

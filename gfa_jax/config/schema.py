@@ -50,7 +50,8 @@ class ModelConfig:
     width: float = 1.0
     """Factor on all channel counts."""
     activation_fn: str = "relu"
-    """``relu``, ``leaky_relu``, or, where ``homogeneous`` is false, ``gelu`` or ``silu``."""
+    """``relu``, ``leaky_relu``, ``scaled_silu`` (smooth and homogeneous), or, where ``homogeneous``
+    is false, ``gelu`` or ``silu``."""
     initializer: str = "he"
     """``he`` or ``orthogonal``."""
     input_mean: tuple[float, ...] = (0.0,)

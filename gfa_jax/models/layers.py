@@ -1,6 +1,7 @@
 """Layers that the models share."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,16 +24,39 @@ INITIALIZERS = {
 }
 """Kernel initialisers that keep the signal's scale through ReLU; framework defaults shrink it at
 every layer."""
+
+
+def scaled_silu(inputs: Array) -> Array:
+    """Returns ``s silu(x / s)``, with the root mean square ``s`` of each example's values.
+
+    SiLU itself has no degree: it is linear far from 0 and bends at a fixed distance. Bending at a
+    distance that grows with the example makes it positively homogeneous of degree 1, as ReLU is,
+    and smooth everywhere but at an example of zeros. The root mean square is part of the function:
+    Euler's theorem, by which alignment is a radius, holds with its derivative alone.
+
+    Args:
+      inputs: ``[B, ...]``.
+
+    Returns:
+      ``[B, ...]`` in their dtype; zeros for zeros.
+    """
+    values = norms.wide(inputs)
+    scale = norms.vector_norm(values, "l2") / math.prod(inputs.shape[1:]) ** 0.5
+    scale = norms.expand(jnp.where(scale > 0, scale, 1), values)
+    return (scale * nn.silu(values / scale)).astype(inputs.dtype)
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,
     "leaky_relu": nn.leaky_relu,
     "gelu": nn.gelu,
     "silu": nn.silu,
+    "scaled_silu": scaled_silu,
 }
-"""What follows a convolution or dense layer, elementwise."""
-HOMOGENEOUS_ACTIVATIONS = ("relu", "leaky_relu")
-"""Those of degree 1. They are linear piece by piece, with no second derivative to speak of; the
-others are smooth."""
+"""What follows a convolution or dense layer. ReLUs are linear piece by piece, with no second
+derivative to speak of; the others are smooth."""
+HOMOGENEOUS_ACTIVATIONS = ("relu", "leaky_relu", "scaled_silu")
+"""Those of degree 1."""
 HEAD_INITIALIZER = nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
 """Of the last layer: logits start small."""
 

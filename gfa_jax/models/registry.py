@@ -208,8 +208,9 @@ def create(
         has degree 1 and alignment is possible; otherwise the usual form with biases (and BatchNorm
         in ``cnn7`` and residual networks). ViTs have the usual form only.
       width: factor on all channel counts, > 0.
-      activation_fn: ``relu``, ``leaky_relu`` (slope .01 below 0), or, where it need not be
-        homogeneous, ``gelu`` or ``silu``; ViTs, which have GELU, take the default only.
+      activation_fn: ``relu``, ``leaky_relu`` (slope .01 below 0), ``scaled_silu``
+        (``layers.scaled_silu``), or, where it need not be homogeneous, ``gelu`` or ``silu``;
+        ViTs, which have GELU, take the default only.
       initializer: ``he`` or ``orthogonal``; ViTs, which have their own, take the default only.
       input_mean: subtracted from images inside the model, one value or one for each channel.
       input_std: divides them; > 0.

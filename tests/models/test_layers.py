@@ -199,3 +199,18 @@ def test_normalize_uses_one_value_or_one_for_each_channel(key):
     each = layers.Normalize((0.5, 0.1), (0.25, 2.0)).apply({}, inputs)
     expected = (np.asarray(inputs) - np.array([0.5, 0.1])) / np.array([0.25, 2.0])
     chex.assert_trees_all_close(each, expected, rtol=1e-5)
+
+
+def test_scaled_silu_is_silu_at_unit_scale_and_of_degree_one(key):
+    images = jax.random.normal(key, (3, 4, 4, 2))
+    rms = jnp.sqrt(jnp.mean(images**2, axis=(1, 2, 3), keepdims=True))
+    expected = nn.silu(images / rms)
+    chex.assert_trees_all_close(layers.scaled_silu(images / rms), expected, rtol=1e-5)
+    chex.assert_trees_all_close(layers.scaled_silu(images), rms * expected, rtol=1e-5, atol=1e-6)
+    # Euler's theorem, which the derivative of the scale is needed for.
+    value, slope = jax.jvp(layers.scaled_silu, (images,), (images,))
+    chex.assert_trees_all_close(slope, value, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(layers.scaled_silu(jnp.zeros((2, 4))), jnp.zeros((2, 4)))
+    half = layers.scaled_silu(images.astype(jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
+    chex.assert_trees_all_close(half.astype(jnp.float32), rms * expected, rtol=0.05, atol=0.01)
