@@ -162,6 +162,7 @@ TRIALS: dict[str, Trial] = {
     ),
     "gfa_input_biased": Trial(
         label="GFA at the input, lambda 20, with biases",
+        group="other networks",
         config=_recipe(network=_BIASED, gfa=_gfa()),
         hypothesis="Biases make a linear part that alignment does not see.",
         is_tested=True,
@@ -308,6 +309,7 @@ TRIALS: dict[str, Trial] = {
     ),
     "resnet_gfa": Trial(
         label="ResNet: GFA at the input, lambda 20",
+        group="other networks",
         config=_recipe(network=_NORMALIZED, gfa=_gfa()),
         hypothesis="With BatchNorm and biases alignment promises no radius, and may yet defend.",
         is_tested=True,
@@ -318,18 +320,26 @@ TRIALS: dict[str, Trial] = {
     ),
     "homogeneous_resnet_gfa": Trial(
         label="homogeneous ResNet: GFA at the input, lambda 20",
+        group="other networks",
         config=_recipe(network=_RESNET, gfa=_gfa()),
         hypothesis="Without them the promise holds in a deeper network, too.",
         is_tested=True,
     ),
     "whole_standard": Trial(
-        label="whole: standard", config=_whole(cifar10_standard.get_config()), is_tested=True
+        label="whole: standard",
+        group="whole recipes",
+        config=_whole(cifar10_standard.get_config()),
+        is_tested=True,
     ),
     "whole_fgsm_at": Trial(
-        label="whole: FGSM-AT", config=_whole(cifar10_fgsm_at.get_config()), is_tested=True
+        label="whole: FGSM-AT",
+        group="whole recipes",
+        config=_whole(cifar10_fgsm_at.get_config()),
+        is_tested=True,
     ),
     "whole_gfa": Trial(
         label="whole: GFA at the input, lambda 20",
+        group="whole recipes",
         config=_whole(cifar10_gfa.get_config()),
         hypothesis="A wider network, trained for 30 epochs of 45,000 images, has the capacity that "
         "alignment needs.",
@@ -337,6 +347,7 @@ TRIALS: dict[str, Trial] = {
     ),
     "whole_gfa_at": Trial(
         label="whole: FGSM-AT + GFA, lambda 0.3",
+        group="whole recipes",
         config=_whole(cifar10_gfa_at.get_config()),
         hypothesis="The same, on top of FGSM training.",
         is_tested=True,

@@ -35,9 +35,9 @@ def accuracy_curves(series: Series) -> bytes:
             axes.plot([radius * unit for radius in radii], means, style, color=color, label=label)
         axes.axvline(epsilon * (255 if epsilon < 0.5 else 1), color="#999999", linewidth=0.8)
         axes.set(title=attack, xlabel="radius" + (" x 255" if epsilon < 0.5 else ""))
-        axes.set_ylim(0, 1)
+        axes.set_ylim(bottom=0)
     panels[0].set_ylabel("accuracy")
-    panels[-1].legend(fontsize=7, frameon=False)
+    _legend(figure, panels)
     return _png(figure)
 
 
@@ -52,7 +52,7 @@ def distances(series: Series, specs: Sequence[str]) -> bytes:
         axes.set(title=spec, xlabel=f"distance ({found['norm']})", xscale="log")
         axes.set_ylim(0, 1)
     panels[0].set_ylabel("share of right images broken")
-    panels[-1].legend(fontsize=7, frameon=False)
+    _legend(figure, panels)
     return _png(figure)
 
 
@@ -77,7 +77,7 @@ def alignment_and_robustness(series: Series) -> bytes:
             )
     left.set(xlabel="alignment at the input (margin)", ylabel="worst-case accuracy")
     right.set(xlabel="alignment of hidden layers (log-odds)")
-    right.legend(fontsize=7, frameon=False)
+    _legend(figure, [right])
     return _png(figure)
 
 
@@ -100,7 +100,7 @@ def tangential_shares(series: Series, spec: str) -> bytes:
         axes.plot(list(layers), shares, style, color=color, label=label, marker=".")
     axes.set(ylabel="tangential share of the perturbation", title=spec)
     axes.tick_params(axis="x", rotation=30)
-    axes.legend(fontsize=7, frameon=False)
+    _legend(figure, [axes])
     return _png(figure)
 
 
@@ -110,10 +110,8 @@ def radii(series: Series) -> bytes:
     On the line, what the radius identity says of a linear network is what an attack finds; below
     it, the network bends and the attack needs less. With biases the identity does not hold.
     """
-    figure, (axes,) = _figure(1)
-    largest = 0.0
-    for label, color, style, records in _styled(series):
-        pairs = [
+    pairs = {
+        label: [
             (linear, measured)
             for record in records
             for linear, measured in zip(
@@ -121,13 +119,18 @@ def radii(series: Series) -> bytes:
             )
             if measured is not None
         ]
-        if pairs:
-            marker = _MARKERS[_STYLES.index(style)]
-            axes.plot(*zip(*pairs, strict=True), marker, color=color, label=label, ms=2, alpha=0.6)
-            largest = max(largest, *(max(pair) for pair in pairs))
-    axes.plot([0, largest], [0, largest], color="#999999", linewidth=0.8)
-    axes.set(xlabel="radius that alignment promises", ylabel="radius that DeepFool finds")
-    axes.legend(fontsize=7, frameon=False, markerscale=3)
+        for label, records in series.items()
+    }
+    largest = max((max(pair) for some in pairs.values() for pair in some), default=0.0)
+    figure, panels = _grid(len(pairs))
+    for axes, (label, some) in zip(panels, pairs.items(), strict=True):
+        axes.plot([0, largest], [0, largest], color="#999999", linewidth=0.8)
+        if some:
+            axes.plot(*zip(*some, strict=True), "o", color=_COLORS[0], ms=2, alpha=0.5)
+        axes.set_title(label, fontsize=8)
+        axes.tick_params(labelsize=7)
+    figure.supxlabel("radius that alignment promises", fontsize=8)
+    figure.supylabel("radius that DeepFool finds", fontsize=8)
     return _png(figure)
 
 
@@ -144,10 +147,7 @@ def surfaces(series: Series) -> bytes | None:
     }
     if not shown:
         return None
-    columns = min(4, len(shown))
-    rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(2.7 * columns + 0.6, 2.5 * rows), layout="constrained")
-    panels: Any = figure.subplots(rows, columns, squeeze=False)
+    figure, panels = _grid(len(shown))
     limit = max(
         abs(value)
         for surface in shown.values()
@@ -156,15 +156,13 @@ def surfaces(series: Series) -> bytes | None:
     )
     levels = [limit * i / 8 for i in range(-8, 9)]  # White where neither side is more likely.
     drawn: Any = None
-    for axes, (label, surface) in zip(panels.ravel(), shown.items(), strict=False):
+    for axes, (label, surface) in zip(panels, shown.items(), strict=True):
         lengths = surface["lengths"]
         drawn = axes.contourf(lengths, lengths, surface["median_log_odds"], levels, cmap="RdBu_r")
         axes.contour(lengths, lengths, surface["median_log_odds"], [0], colors="black")
         axes.set_title(label, fontsize=8)
         axes.tick_params(labelsize=7)
-    for axes in panels.ravel()[len(shown) :]:
-        axes.remove()
-    figure.colorbar(drawn, ax=panels.ravel()[: len(shown)].tolist(), label="median log-odds")
+    figure.colorbar(drawn, ax=panels, label="median log-odds")
     figure.supxlabel("random direction, epsilons", fontsize=8)
     figure.supylabel("direction of the attack, epsilons", fontsize=8)
     return _png(figure)
@@ -186,11 +184,29 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _figure(num_panels: int) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(4.2 * num_panels + 0.4, 3.4), layout="constrained")
+    # The legend lies to the right.
+    figure = Figure(figsize=(4.2 * num_panels + 2.2, 3.4), layout="constrained")
     made: Any = figure.subplots(1, num_panels, squeeze=False)
     for axes in made[0]:
         axes.grid(color="#dddddd", linewidth=0.6)
     return figure, list(made[0])
+
+
+def _grid(num_panels: int) -> tuple[Figure, list[Axes]]:
+    """Returns small panels, four in a row."""
+    columns = min(4, num_panels)
+    rows = -(-num_panels // columns)
+    figure = Figure(figsize=(2.7 * columns + 0.6, 2.5 * rows), layout="constrained")
+    made: Any = figure.subplots(rows, columns, squeeze=False)
+    for axes in made.ravel()[num_panels:]:
+        axes.remove()
+    return figure, list(made.ravel()[:num_panels])
+
+
+def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    """Names what the last panel shows, beside it: trainings are too many to lie on it."""
+    handles, labels = panels[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=7, frameon=False)
 
 
 def _png(figure: Figure) -> bytes:

@@ -2,6 +2,7 @@
 
 import itertools
 import pathlib
+import re
 from collections.abc import Mapping
 
 from gfa_jax import files
@@ -49,7 +50,10 @@ def render(study: plan.Study, gathered: Gathered, command: str, pictures: Mappin
             parts += ["## The claims", *claims.claims_table(study, gathered, tested)]
         parts += ["## Both protocols side by side", *tables.tested_table(study, gathered, tested)]
         parts += [
-            f"![{text}]({pictures[name]})" for name, text in _CAPTIONS.items() if name in pictures
+            f"![{text}{f', {group}' if group else ''}]({pictures[name]})"
+            for group in _groups(study, tested)
+            for kind, text in _CAPTIONS.items()
+            if (name := _name(kind, group)) in pictures
         ]
         if with_radii := records.having(gathered, "radii"):
             parts += ["## Alignment and radius", *tables.radii_table(study, with_radii)]
@@ -75,7 +79,28 @@ _CAPTIONS = {
 }
 
 
+def _groups(study: plan.Study, gathered: Gathered) -> list[str]:
+    return list(dict.fromkeys(study.trials[name].group for name in gathered))
+
+
+def _name(kind: str, group: str) -> str:
+    """Returns the stem of a picture's file."""
+    return "-".join([kind, *re.findall("[a-z0-9]+", group.lower())])
+
+
 def _pictures(study: plan.Study, gathered: Gathered) -> dict[str, bytes]:
+    """Returns the pictures of all groups by the stem of their file."""
+    pictures = {}
+    for group in _groups(study, gathered):
+        members = {
+            name: some for name, some in gathered.items() if study.trials[name].group == group
+        }
+        for kind, content in _pictures_of(study, members).items():
+            pictures[_name(kind, group)] = content
+    return pictures
+
+
+def _pictures_of(study: plan.Study, gathered: Gathered) -> dict[str, bytes]:
     tested = {
         study.trials[name].label: found for name, found in records.having(gathered, "test").items()
     }

@@ -21,6 +21,8 @@ class Trial:
     """Its seed is replaced by those of ``seeds``."""
     label: str
     """In tables."""
+    group: str = ""
+    """Trials of one group share pictures, whose captions name it; empty for the study's first."""
     hypothesis: str = ""
     """What the search tries it for; empty for a baseline."""
     outcome: str = ""

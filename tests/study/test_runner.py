@@ -13,7 +13,7 @@ from gfa_jax.config import GFAConfig
 from gfa_jax.evaluation import curves, evaluate
 from gfa_jax.study import judge, plan, records, runner
 from gfa_jax.training import guards, loop, run_folder
-from tests.study.tiny import COMMAND, protocol, tiny, tiny_study
+from tests.study.tiny import COMMAND, changed, protocol, tiny, tiny_study
 
 
 @pytest.fixture
@@ -126,6 +126,14 @@ def test_what_is_recorded_is_not_made_again(worked, use, monkeypatch, tmp_path):
     )
     runner.run(flags, COMMAND)
     assert (tmp_path / "study.md").read_text() == before
+    # Groups are drawn apart.
+    use(changed(tiny_study(), "gfa", group="Deeper nets"))
+    runner.run(flags, COMMAND)
+    text = (tmp_path / "study.md").read_text()
+    assert text.count("a dot an image](study/radii.png)") == 1
+    assert text.count("a dot an image, Deeper nets](study/radii-deeper-nets.png)") == 1
+    pictures = (tmp_path / "study").glob("radii*.png")
+    assert len({path.read_bytes() for path in pictures}) == 2
 
 
 def test_test_images_may_be_left_for_later(ready, use, monkeypatch, tmp_path):
