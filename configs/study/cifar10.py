@@ -296,7 +296,7 @@ TRIALS: dict[str, Trial] = {
         config=_recipe(network=_SMOOTH, gfa=_gfa()),
         hypothesis="Penalties on gradients work better where a second derivative sees all of the "
         "network; ReLU's sees none of its kinks.",
-        outcome="Holds for the gradient's norm, which gains clean accuracy and keeps its robustness. "
+        outcome="Holds for the gradient's norm, which gains clean accuracy and stays as robust. "
         "Alignment loses both: without homogeneity it is no margin.",
     ),
     "smooth_homogeneous_fgsm_at": Trial(
