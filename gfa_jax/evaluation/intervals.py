@@ -2,7 +2,7 @@
 
 Most ask what other test images of the same kind would have given, and know nothing of the
 randomness of training; ``student`` asks what other trainings would have given, and knows nothing of
-the images. None knows of attacks that are too weak.
+the images; ``paired_trainings_difference`` asks both. None knows of attacks that are too weak.
 """
 
 import math
@@ -39,37 +39,6 @@ def wilson(num_successes: int, num_trials: int, confidence: float = 0.95) -> tup
         confidence, method="wilson"
     )
     return float(found.low), float(found.high)
-
-
-def unpaired_difference(
-    left: tuple[int, int], right: tuple[int, int], confidence: float = 0.95
-) -> tuple[float, float, float]:
-    """Returns the difference of two independent proportions, and its interval.
-
-    Wilson's intervals of both are squared and added. For two classifiers on the same examples it is
-    wider than ``paired_difference``, which needs to know who was right where.
-
-    Source: Newcombe 1998, Statistics in Medicine 17, 873-890, method 10.
-
-    Args:
-      left: of the first, ``(successes, trials)``.
-      right: of the second.
-      confidence: in (0, 1).
-
-    Returns:
-      ``(difference, low, high)`` in [-1, 1], the difference being left less right.
-
-    Raises:
-      ValueError: for arguments out of range.
-    """
-    left_low, left_high = wilson(*left, confidence)
-    right_low, right_high = wilson(*right, confidence)
-    one, other = (successes / trials for successes, trials in (left, right))
-    return (
-        one - other,
-        one - other - math.hypot(one - left_low, right_high - other),
-        one - other + math.hypot(left_high - one, other - right_low),
-    )
 
 
 def student(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
@@ -162,6 +131,47 @@ def paired_difference(
     low = difference - half(left_mean - left_low, right_high - right_mean)
     high = difference + half(left_high - left_mean, right_mean - right_low)
     return difference, max(low, -1.0), min(high, 1.0)
+
+
+def paired_trainings_difference(
+    left: np.ndarray, right: np.ndarray, confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """Returns the mean difference of two recipes' accuracies on shared examples, and its interval.
+
+    Each is trained as often. Of one training it is ``paired_difference``. Of several, Student's
+    interval over the trainings' differences and that over the examples' mean differences are
+    squared and added: trainings and examples are crossed, so both vary the mean. What varies with
+    the pair of them is in both, which makes the interval a little wide.
+
+    Args:
+      left: bool ``[K, N]``, whether the first recipe's trainings are right on each example.
+      right: bool ``[K, N]``, the same for the second's; the k-th trainings are a pair.
+      confidence: in (0, 1).
+
+    Returns:
+      ``(difference, low, high)`` in [-1, 1], the difference being ``mean(left) - mean(right)``.
+
+    Raises:
+      ValueError: for arrays that are not bool ``[K, N]`` of one shape, or with fewer than two
+        examples, or a confidence out of range.
+    """
+    left, right = np.asarray(left), np.asarray(right)
+    for name, array in (("left", left), ("right", right)):
+        if array.dtype != bool or array.ndim != 2 or array.shape[0] < 1 or array.shape[1] < 2:
+            raise ValueError(f"{name} must be bool [K, N], and is {array.dtype} {array.shape}.")
+    if left.shape != right.shape:
+        raise ValueError(f"left {left.shape} and right {right.shape} must have one shape.")
+    if len(left) == 1:
+        return paired_difference(left[0], right[0], confidence)
+    differences = left.astype(float) - right.astype(float)
+    center = float(differences.mean())
+    halves = []
+    for axis in (0, 1):
+        interval = student(differences.mean(axis=axis).tolist(), confidence)
+        assert interval is not None  # At least two of either.
+        halves.append((interval[1] - interval[0]) / 2)
+    half = math.hypot(*halves)
+    return center, max(center - half, -1.0), min(center + half, 1.0)
 
 
 def median_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:

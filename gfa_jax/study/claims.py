@@ -5,8 +5,10 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from gfa_jax.evaluation import intervals
-from gfa_jax.study import plan, tables
+from gfa_jax.study import plan, records, tables
 from gfa_jax.study.records import Gathered, Record
 
 _Pairs = Sequence[tuple[Record, Record]]
@@ -49,9 +51,10 @@ def claims_table(study: plan.Study, gathered: Gathered, tested: Gathered) -> lis
         at_least = f"{claim.at_least:g} times" if is_distance else f"{claim.at_least:+g} points"
         rows.append([title, claim.claimed, at_least, *_verdict(study, claim, gathered, tested)])
     note = (
-        "Intervals: of one seed, over images (Newcombe 1998, unpaired proportions: wide, for the "
-        "same images); of several, Student's over seeds that both have. What its interval neither "
-        "bears out nor refutes is within chance; a ratio of one seed has no interval."
+        "Intervals: of one seed, over images (Newcombe 1998, paired proportions); of several, over "
+        "images and over the seeds that both have (Student's of either, squared and added); of "
+        "ratios, over seeds alone, so that one seed has none. What its interval neither bears out "
+        "nor refutes is within chance."
     )
     return [tables.markdown(header, rows), note]
 
@@ -80,7 +83,7 @@ def _verdict(
     if not pairs:
         return "not measured yet", "-", seeds, "-", "-"
     worst = " and ".join(
-        f"{100 * statistics.mean(_accuracy(one, tables.WORST) for one in side):.1f}"
+        f"{100 * statistics.mean(records.right(one, tables.WORST).mean() for one in side):.1f}"
         for side in zip(*pairs, strict=True)
     )
     found = _ratio(pairs, claim.attack) if is_distance else _difference(pairs, claim.attack)
@@ -98,17 +101,14 @@ def _holds(found: _Measured, at_least: float) -> str:
 
 def _difference(pairs: _Pairs, attack: str) -> _Measured:
     """Returns the difference of accuracies in points."""
-    accuracies = [[100 * _accuracy(one, attack) for one in pair] for pair in pairs]
-    values = [ours - baseline for ours, baseline in accuracies]
-    interval = intervals.student(values)
-    if interval is None:
-        size = pairs[0][0]["test"]["num_examples"]
-        ours, baseline = ((round(share * size / 100), size) for share in accuracies[0])
-        _, low, high = intervals.unpaired_difference(ours, baseline)
-        interval = 100 * low, 100 * high
-    means = [statistics.mean(side) for side in zip(*accuracies, strict=True)]
-    text = f"{statistics.mean(values):+.1f} points ({means[0]:.1f} against {means[1]:.1f})"
-    return _Measured(text, *interval, f"{interval[0]:+.1f} to {interval[1]:+.1f}")
+    ours, baseline = (
+        np.stack([records.right(one, attack) for one in side]) for side in zip(*pairs, strict=True)
+    )
+    value, low, high = (
+        100 * found for found in intervals.paired_trainings_difference(ours, baseline)
+    )
+    text = f"{value:+.1f} points ({100 * ours.mean():.1f} against {100 * baseline.mean():.1f})"
+    return _Measured(text, low, high, f"{low:+.1f} to {high:+.1f}")
 
 
 def _ratio(pairs: _Pairs, spec: str) -> _Measured:
@@ -129,11 +129,3 @@ def _ratio(pairs: _Pairs, spec: str) -> _Measured:
     if interval is None:
         return _Measured(text, value, value, "-")
     return _Measured(text, *interval, f"{interval[0]:.1f} to {interval[1]:.1f}")
-
-
-def _accuracy(record: Record, attack: str) -> float:
-    test = record["test"]
-    accuracy: float = (
-        test["clean_accuracy"] if attack == "clean" else test["robust_accuracy"][attack]
-    )
-    return accuracy

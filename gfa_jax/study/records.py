@@ -8,6 +8,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from gfa_jax import config as config_lib
 from gfa_jax import files
 from gfa_jax.config import TrainConfig
@@ -71,6 +73,11 @@ def _check_alike(stage: str, protocol: Mapping[str, Any], gathered: Gathered) ->
         if stage not in record:
             continue
         where = f"the record of {record['trial']!r}, seed {record['seed']},"
+        if stage == "test" and "right" not in record[stage]:
+            raise ValueError(
+                f"{where} does not say which images were right: take 'test' out of such records, "
+                "and it is judged again."
+            )
         if record[stage].get("protocol") != protocol:
             raise ValueError(
                 f"{where} was judged by {record[stage].get('protocol')}, and the study says "
@@ -97,11 +104,12 @@ def portable(config: TrainConfig) -> dict[str, Any]:
     return values
 
 
-def summary(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what a page needs of ``results.json``.
+def summary(results: Mapping[str, Any], outcomes: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Returns what a page needs of an evaluation.
 
     Args:
-      results: of an evaluation.
+      results: ``results.json``.
+      outcomes: ``outcomes.npz``.
     """
     kept = {
         name: results[name]
@@ -110,6 +118,15 @@ def summary(results: Mapping[str, Any]) -> dict[str, Any]:
             *("curves", "loss_surface", "versions", "seconds"),
         )
         if name in results
+    }
+    kept["right"] = {
+        "clean": _packed(outcomes["clean_correct"]),
+        "worst_case": _packed(outcomes["worst_case"]),
+        **{
+            name.removeprefix("robust/"): _packed(values)
+            for name, values in outcomes.items()
+            if name.startswith("robust/")
+        },
     }
     kept["minimum_norm"] = {
         spec: {**found, "cdf": _thinned(found["cdf"])}
@@ -127,6 +144,22 @@ def summary(results: Mapping[str, Any]) -> dict[str, Any]:
         for entry in results["diagnostics"]
     ]
     return kept
+
+
+def right(record: Record, attack: str) -> np.ndarray:
+    """Returns which test images a model is right on, under an attack, bool ``[N]``.
+
+    Args:
+      record: of a model that was judged on test images.
+      attack: one of the protocol's attacks, ``clean`` or ``worst_case``.
+    """
+    bits = np.frombuffer(bytes.fromhex(record["test"]["right"][attack]), np.uint8)
+    return np.unpackbits(bits, count=record["test"]["num_examples"]).astype(bool)
+
+
+def _packed(values: np.ndarray) -> str:
+    """Returns bool ``[N]`` as hexadecimal digits, four values each."""
+    return np.packbits(values).tobytes().hex()
 
 
 def _thinned(points: list[Any]) -> list[Any]:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from gfa_jax import _validate, cli, data, files
 from gfa_jax.evaluation import evaluate, loading
 from gfa_jax.study import judge as judge_lib
@@ -182,7 +184,9 @@ def _judge(
             diagnostics=protocol.diagnostics,
             data_dir=data_dir,
         )
-        return records.summary(evaluate.evaluate(flags))
+        results = evaluate.evaluate(flags)
+        with np.load(workdir / "eval" / "outcomes.npz", allow_pickle=False) as outcomes:
+            return records.summary(results, outcomes)
     is_validation = stage == "validation"
     run = loading.load_run(
         workdir,

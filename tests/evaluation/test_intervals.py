@@ -48,23 +48,6 @@ def test_paired_differences_are_the_published_ones(counts, expected):
     assert intervals.paired_difference(*paired(*counts)) == pytest.approx(expected, abs=6e-5)
 
 
-@pytest.mark.parametrize(
-    ("left", "right", "expected"),
-    # Newcombe 1998, Statistics in Medicine 17, 873-890, method 10.
-    [
-        ((56, 70), (48, 80), (0.0524, 0.3339)),
-        ((9, 10), (3, 10), (0.1705, 0.8090)),
-        ((10, 10), (0, 10), (0.6075, 1.0)),
-    ],
-)
-def test_unpaired_differences_are_the_published_ones(left, right, expected):
-    difference, low, high = intervals.unpaired_difference(left, right)
-    assert difference == pytest.approx(left[0] / left[1] - right[0] / right[1])
-    assert (low, high) == pytest.approx(expected, abs=6e-5)
-    mirrored = (-difference, -high, -low)
-    assert intervals.unpaired_difference(right, left) == pytest.approx(mirrored)
-
-
 def test_means_of_several_trainings_have_students_interval():
     values = [0.3, 0.5, 0.7]
     found = intervals.student(values)
@@ -77,6 +60,47 @@ def test_means_of_several_trainings_have_students_interval():
     assert intervals.student([0.3]) is None
     with pytest.raises(ValueError, match="confidence=1"):
         intervals.student(values, 1.0)
+
+
+def test_several_trainings_vary_with_seeds_and_images():
+    """Both parts by hand: 4.303 standard errors over 3 trainings, and 1.96 over many images."""
+    rng = np.random.default_rng(0)
+    hard = rng.uniform(size=4000)
+    left = rng.uniform(size=(3, 4000)) < hard * np.array([[0.8], [0.9], [1.0]])
+    right = rng.uniform(size=(3, 4000)) < 0.5 * hard
+    difference, low, high = intervals.paired_trainings_difference(left, right)
+    one = left.astype(float) - right
+    over_seeds = 4.3027 * one.mean(1).std(ddof=1) / 3**0.5
+    over_images = 1.9606 * one.mean(0).std(ddof=1) / 4000**0.5
+    assert difference == pytest.approx(one.mean())
+    half = (over_seeds**2 + over_images**2) ** 0.5
+    assert (high - difference, difference - low) == pytest.approx((half, half), rel=1e-4)
+    # Trainings that agree leave the images' part.
+    same = intervals.paired_trainings_difference(left[[0, 0]], right[[0, 0]])
+    paired_low, paired_high = intervals.paired_difference(left[0], right[0])[1:]
+    assert same[1:] == pytest.approx((paired_low, paired_high), abs=2e-3)
+    alone = intervals.paired_trainings_difference(left[:1], right[:1])
+    assert alone == intervals.paired_difference(left[0], right[0])
+
+
+def test_trainings_intervals_cover_the_truth():
+    """Of recipes that differ by nothing, 95 % of intervals or more hold 0, few far more."""
+    rng = np.random.default_rng(1)
+    covered = []
+    for _ in range(300):
+        skills = rng.normal(0, 0.5, (2, 3, 1)) + rng.normal(0, 1, (1, 1, 200))
+        sides = rng.normal(size=(2, 3, 200)) < skills
+        _, low, high = intervals.paired_trainings_difference(*sides)
+        covered.append(low <= 0 <= high)
+    assert np.mean(covered) > 0.93
+
+
+def test_trainings_must_be_of_one_shape():
+    right = np.zeros((2, 5), bool)
+    with pytest.raises(ValueError, match=r"left must be bool \[K, N\], and is bool \(5,\)"):
+        intervals.paired_trainings_difference(right[0], right)
+    with pytest.raises(ValueError, match=r"left \(2, 5\) and right \(2, 4\) must have one shape"):
+        intervals.paired_trainings_difference(right, right[:, 1:])
 
 
 def test_paired_differences_change_sign_with_the_order_and_stay_in_range():

@@ -2,8 +2,10 @@
 
 import pytest
 
-from gfa_jax.study import records
-from tests.study.tiny import tiny
+from gfa_jax import config as config_lib
+from gfa_jax import files
+from gfa_jax.study import plan, records
+from tests.study.tiny import tiny, tiny_study
 
 
 def test_damaged_records_are_named(tmp_path):
@@ -14,3 +16,13 @@ def test_damaged_records_are_named(tmp_path):
     path.write_text("{")
     with pytest.raises(ValueError, match="a-seed0.json' is damaged"):
         records.read(path, tiny())
+
+
+def test_tests_without_outcomes_by_image_are_refused(tmp_path):
+    study = tiny_study()
+    config = config_lib.to_dict(study.trials["gfa"].at(0))
+    test = {"protocol": plan.settings(study.protocol, "test"), "data": {"hash": "a"}}
+    record = {"trial": "gfa", "seed": 0, "config": config, "test": test}
+    files.write_json(records.path_of(tmp_path, "gfa", 0), record)
+    with pytest.raises(ValueError, match="'gfa', seed 0, does not say which images were right"):
+        records.gather(study, tmp_path)

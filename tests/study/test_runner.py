@@ -7,6 +7,7 @@ import shutil
 import statistics
 import textwrap
 
+import numpy as np
 import pytest
 
 from gfa_jax.config import GFAConfig
@@ -86,6 +87,13 @@ def test_every_seed_has_a_record_of_what_was_measured(worked):
         tested = json.loads((worked / name / "eval" / "results.json").read_text())
         record = json.loads((worked / "records" / f"{name}.json").read_text())
         assert record["test"]["robust_accuracy"] == tested["robust_accuracy"]
+        with np.load(worked / name / "eval" / "outcomes.npz") as outcomes:
+            for attack, field in (("clean", "clean_correct"), ("fgsm", "robust/fgsm")):
+                found = records.right(record, attack)
+                np.testing.assert_array_equal(found, outcomes[field])
+            assert records.right(record, "worst_case").mean() == pytest.approx(
+                tested["robust_accuracy"]["worst_case"]
+            )
     assert set(tested["robust_accuracy"]) == {
         *("fgsm", "pgd-margin:num_steps=3", "deepfool:num_steps=20", "worst_case")
     }

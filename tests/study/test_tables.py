@@ -24,6 +24,8 @@ def test_numbers_of_a_page_by_hand():
                 "worst_case": 0.2,
             },
             "num_examples": 20,
+            # Bits: the first 10 of 20, and the first 4.
+            "right": {"fgsm": "ffc000", "worst_case": "f00000"},
             "data": {"name": "digits"},
             "threat": {"norm": "linf", "epsilon": 8 / 255},
             "layers": {},
@@ -44,6 +46,7 @@ def test_numbers_of_a_page_by_hand():
     }
     far = json.loads(json.dumps(one))
     far |= {"trial": "gfa", "step_flops": 14}
+    far["test"]["right"]["fgsm"] = "07fe00"  # 10 from the sixth on, 5 of them in common.
     far["validation"] = {"environment": {"jax": "2", "python": "3", "devices": "1 x cpu"}}
     far["validation"] |= {"clean_accuracy": 0.9, "num_examples": 20}
     far["validation"]["robust_accuracy"] = {"fgsm": 0.5, "pgd:num_steps=2": 0.4}
@@ -67,7 +70,7 @@ def test_numbers_of_a_page_by_hand():
     assert "**20.0 (8.1-41.6)** | fail: **D1**, D2; not measured: D5 |" in aligned
     assert "with jax 1, Python 3, 1 x cpu; jax 2, Python 3, 1 x cpu." in text
     assert "epsilon 8/255" in text
-    # Of the seed that both have: Newcombe's interval of 10 in 20 against 10 in 20.
+    # Of the seed that both have: Newcombe's interval of 10 in 20 against 10 in 20, uncorrelated.
     verdict = "| +99 points | +0.0 points (50.0 against 50.0) | -28.4 to +28.4 | 1 | no | 20.0 and"
     assert verdict in text
     assert "| 0 times | 2.5 times; 50 and 100 % found | - | 1 | yes | 20.0 and 20.0 |" in text
