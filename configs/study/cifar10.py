@@ -492,7 +492,7 @@ which chance does not rule out:
   than standard training's, not twenty, as adversarial training's do. Of the other choices, the
   log-odds are weaker, the nearest class kills the network, and without sign it guesses.
 * **It is no bargain.** PGD-10, PGD-2 and FGSM training are more robust and more accurate, the last
-  at less cost. So is the gradient's norm more robust, which costs the same; its clean accuracy is
+  at less cost. The gradient's norm, which costs the same, is more robust, too, and as accurate
   within chance.
 * **Hidden layers add nothing**, in either form tried.
 * **On top of FGSM training** a little of it is within chance of none; with more of it, up to two
