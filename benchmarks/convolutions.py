@@ -20,7 +20,7 @@ from jax import lax  # noqa: E402
 
 from gfa_jax import _validate, cli  # noqa: E402
 from gfa_jax.benchmark import environment, timing  # noqa: E402
-from gfa_jax.models import layers  # noqa: E402
+from gfa_jax.models import convolution  # noqa: E402
 
 
 class Shape(NamedTuple):
@@ -55,8 +55,8 @@ class Flags:
 def ours(shape: Shape, inputs: Any, kernel: Any) -> Any:
     """This library's convolution."""
     strides = (shape.stride, shape.stride)
-    return layers.conv_general_dilated(
-        inputs, kernel, strides, PADS, dimension_numbers=layers.FLAX_NHWC
+    return convolution.conv_general_dilated(
+        inputs, kernel, strides, PADS, dimension_numbers=convolution.FLAX_NHWC
     )
 
 
@@ -64,7 +64,7 @@ def xla(shape: Shape, inputs: Any, kernel: Any) -> Any:
     """XLA's own."""
     strides = (shape.stride, shape.stride)
     return lax.conv_general_dilated(
-        inputs, kernel, strides, PADS, dimension_numbers=layers.FLAX_NHWC
+        inputs, kernel, strides, PADS, dimension_numbers=convolution.FLAX_NHWC
     )
 
 

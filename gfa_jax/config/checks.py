@@ -16,7 +16,8 @@ from gfa_jax.config.schema import (
 )
 from gfa_jax.data import PLACEMENTS
 from gfa_jax.models import MODELS
-from gfa_jax.models.layers import ACTIVATIONS, INITIALIZERS
+from gfa_jax.models.activations import ACTIVATIONS
+from gfa_jax.models.layers import INITIALIZERS
 from gfa_jax.models.registry import DTYPES
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 
 from gfa_jax import _validate, norms
-from gfa_jax.models import layers
+from gfa_jax.models import activations, convolution, layers
 from gfa_jax.types import Array
 
 
@@ -21,7 +21,7 @@ class Block(nn.Module):
         homogeneous where the activation is.
       batch_norm: whether BatchNorm follows the layer.
       padding: of the convolution, ``SAME`` or ``VALID``.
-      activation_fn: a key of ``layers.ACTIVATIONS``.
+      activation_fn: a key of ``activations.ACTIVATIONS``.
       initializer: a key of ``layers.INITIALIZERS``.
       dtype: of the computation; parameters stay float32.
       axis_name: of ``layers.batch_norm``.
@@ -49,7 +49,7 @@ class Block(nn.Module):
                 use_bias=self.use_bias,
                 kernel_init=kernel_init,
                 dtype=self.dtype,
-                conv_general_dilated=layers.conv_general_dilated,
+                conv_general_dilated=convolution.conv_general_dilated,
                 name="conv",
             )(inputs)
         else:
@@ -64,7 +64,7 @@ class Block(nn.Module):
             hidden = layers.batch_norm(
                 train=train, dtype=self.dtype, axis_name=self.axis_name, name="norm"
             )(hidden)
-        return layers.ACTIVATIONS[self.activation_fn](hidden)
+        return activations.ACTIVATIONS[self.activation_fn](hidden)
 
 
 class CNN(nn.Module):
@@ -85,7 +85,7 @@ class CNN(nn.Module):
       pooling: ``max`` or ``average``.
       global_pool: whether global average pooling follows the last stage.
       padding: ``SAME`` or ``VALID``.
-      activation_fn: a key of ``layers.ACTIVATIONS``.
+      activation_fn: a key of ``activations.ACTIVATIONS``.
       initializer: ``he`` or ``orthogonal``; the head starts smaller.
       dtype: of the blocks' computation, such as ``jnp.bfloat16``; ``None`` for that of the inputs.
         Parameters, statistics, normalised inputs and logits are float32.
@@ -122,7 +122,7 @@ class CNN(nn.Module):
         """
         _validate.one_of(("average", "max"), pooling=self.pooling)
         _validate.one_of(layers.INITIALIZERS, initializer=self.initializer)
-        layers.validate_activation(self.activation_fn, homogeneous=False)
+        activations.validate(self.activation_fn, homogeneous=False)
         max_pool = functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))
         pool = layers.average_pool if self.pooling == "average" else max_pool
         options = {

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from gfa_jax import _validate
-from gfa_jax.models import layers
+from gfa_jax.models import activations, layers
 from gfa_jax.models.cnn import CNN
 from gfa_jax.models.resnet import ResNet
 from gfa_jax.models.vit import ViT
@@ -209,7 +209,7 @@ def create(
         in ``cnn7`` and residual networks). ViTs have the usual form only.
       width: factor on all channel counts, > 0.
       activation_fn: ``relu``, ``leaky_relu`` (slope .01 below 0), ``scaled_silu``
-        (``layers.scaled_silu``), or, where it need not be homogeneous, ``gelu`` or ``silu``;
+        (``activations.scaled_silu``), or, where it need not be homogeneous, ``gelu`` or ``silu``;
         ViTs, which have GELU, take the default only.
       initializer: ``he`` or ``orthogonal``; ViTs, which have their own, take the default only.
       input_mean: subtracted from images inside the model, one value or one for each channel.
@@ -224,7 +224,7 @@ def create(
     """
     _validate.one_of(MODELS, model=name)
     _validate.one_of(layers.INITIALIZERS, initializer=initializer)
-    layers.validate_activation(activation_fn, homogeneous=homogeneous)
+    activations.validate(activation_fn, homogeneous=homogeneous)
     _validate.one_of(DTYPES, dtype=dtype)
     _validate.positive(width=width, **{f"input_std[{i}]": std for i, std in enumerate(input_std)})
     if num_classes < 2:

@@ -12,7 +12,7 @@ from typing import Any
 import flax.linen as nn
 
 from gfa_jax import _validate, norms
-from gfa_jax.models import layers
+from gfa_jax.models import activations, convolution, layers
 from gfa_jax.types import Array
 
 
@@ -28,7 +28,7 @@ def _convolution(
         use_bias=False,
         kernel_init=layers.INITIALIZERS[initializer],
         dtype=dtype,
-        conv_general_dilated=layers.conv_general_dilated,
+        conv_general_dilated=convolution.conv_general_dilated,
         name=name,
     )
 
@@ -38,7 +38,7 @@ class Activation(nn.Module):
 
     Attributes:
       batch_norm: whether BatchNorm comes first.
-      activation_fn: a key of ``layers.ACTIVATIONS``.
+      activation_fn: a key of ``activations.ACTIVATIONS``.
       dtype: of the computation.
       axis_name: of ``layers.batch_norm``.
     """
@@ -56,7 +56,7 @@ class Activation(nn.Module):
             hidden = layers.batch_norm(
                 train=train, dtype=self.dtype, axis_name=self.axis_name, name="norm"
             )(hidden)
-        return layers.ACTIVATIONS[self.activation_fn](hidden)
+        return activations.ACTIVATIONS[self.activation_fn](hidden)
 
 
 class Block(nn.Module):
@@ -70,7 +70,7 @@ class Block(nn.Module):
       strides: of the first convolution and the shortcut.
       batch_norm: whether activations have BatchNorm.
       branch_scale: factor on the convolutions' output before it is added.
-      activation_fn: a key of ``layers.ACTIVATIONS``.
+      activation_fn: a key of ``activations.ACTIVATIONS``.
       initializer: a key of ``layers.INITIALIZERS``.
       dtype: of the computation; parameters stay float32.
       axis_name: of ``layers.batch_norm``.
@@ -132,7 +132,7 @@ class ResNet(nn.Module):
       input_mean: of ``layers.Normalize``.
       input_std: of ``layers.Normalize``.
       homogeneous: whether it is the homogeneous form.
-      activation_fn: a key of ``layers.ACTIVATIONS``, in the homogeneous form one of degree 1.
+      activation_fn: a key of ``activations.ACTIVATIONS``, in the homogeneous form one of degree 1.
       initializer: ``he`` or ``orthogonal``; the head starts smaller.
       dtype: of the computation up to the mean over the image, such as ``jnp.bfloat16``; ``None``
         for that of the inputs. Parameters, statistics, normalised inputs and logits are float32.
@@ -168,7 +168,7 @@ class ResNet(nn.Module):
             stages without blocks.
         """
         _validate.one_of(layers.INITIALIZERS, initializer=self.initializer)
-        layers.validate_activation(self.activation_fn, homogeneous=self.homogeneous)
+        activations.validate(self.activation_fn, homogeneous=self.homogeneous)
         if not self.stages or not all(self.stages):
             raise ValueError(f"stages={self.stages} must have at least one block in every stage.")
         options: dict[str, Any] = {"initializer": self.initializer, "dtype": self.dtype}

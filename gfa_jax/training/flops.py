@@ -16,8 +16,8 @@ from jax.extend import core
 def count(function: Callable[..., Any], *args: Any) -> int:
     """Returns twice the multiplications of the matrix products and convolutions of a call.
 
-    Sums of products of another form do not count, such as ``models.layers`` has on CPU for small
-    images of few channels; on one CPU device, large ones of 3 channels count as having 4.
+    Sums of products of another form do not count, such as ``models.convolution`` has on CPU for
+    small images of few channels; on one CPU device, large ones of 3 channels count as having 4.
 
     Equal expressions count once and results that nobody uses not at all, as XLA has them; loops
     count as often as they run, and of branches the dearest.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gfa_jax import taps
-from gfa_jax.models import MODELS, create, layers
+from gfa_jax.models import MODELS, activations, create
 from gfa_jax.training import state
 
 FORMS = [
@@ -88,8 +88,8 @@ def test_homogeneous_models_scale_with_their_normalised_input(name, key):
 def test_activation_functions(name, key):
     """What tells them apart: degree 1, and a second derivative of the logits."""
     is_linear_by_pieces, scales = {}, {}
-    for activation_fn in layers.ACTIVATIONS:
-        homogeneous = activation_fn in layers.HOMOGENEOUS_ACTIVATIONS
+    for activation_fn in activations.ACTIVATIONS:
+        homogeneous = activation_fn in activations.HOMOGENEOUS
         options = {"width": 0.0625 if name != "cnn4" else 1.0, "homogeneous": homogeneous}
         module, variables, images = build(name, key, activation_fn=activation_fn, **options)
 
@@ -103,9 +103,9 @@ def test_activation_functions(name, key):
         logit = jax.jit(logit)
         scales[activation_fn] = float(logit(3 * images) / logit(images))
     assert is_linear_by_pieces == {
-        name: name in ("relu", "leaky_relu") for name in layers.ACTIVATIONS
+        name: name in ("relu", "leaky_relu") for name in activations.ACTIVATIONS
     }
-    assert all(abs(scales[name] - 3) < 1e-3 for name in layers.HOMOGENEOUS_ACTIVATIONS)
+    assert all(abs(scales[name] - 3) < 1e-3 for name in activations.HOMOGENEOUS)
     assert all(abs(scales[name] - 3) > 1e-2 for name in ("gelu", "silu"))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gfa_jax import models
-from gfa_jax.models import layers, vit
+from gfa_jax.models import convolution, vit
 
 torch = pytest.importorskip("torch", reason="compares with PyTorch: make test-parity")
 pytestmark = pytest.mark.parity
@@ -467,7 +467,7 @@ def test_convolution_and_its_derivatives_equal_torch(size, kernel, padding, stri
         strides=strides,
         padding=padding,
         use_bias=False,
-        conv_general_dilated=layers.conv_general_dilated,
+        conv_general_dilated=convolution.conv_general_dilated,
     )
 
     def value(inputs, weights):
