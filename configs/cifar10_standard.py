@@ -3,7 +3,7 @@
 Source: cross-entropy, AdamW with one cycle, crop and flip.
 Data: CIFAR-10 through tensorflow-datasets (45,000 training, 5,000 validation, 10,000 test images);
 `python -m gfa_jax.data.prepare cifar10 --data_dir DIR --archive PATH` prepares it.
-Cost: 30 epochs; about half an hour on 2 CPU cores.
+Cost: 30 epochs; about half an hour on 2 CPU cores, by the time of a step in docs/performance.md.
 Result: not measured at this length yet.
 Command: python train.py --config configs/cifar10_standard.py --workdir runs/cifar10_standard
     --config.data.data_dir=DIR

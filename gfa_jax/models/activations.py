@@ -18,6 +18,8 @@ def scaled_silu(inputs: Array) -> Array:
     and smooth everywhere but at an example of zeros. The root mean square is part of the function:
     Euler's theorem, by which alignment is a radius, holds with its derivative alone.
 
+    Source: SiLU, Hendrycks & Gimpel 2016, arXiv 1606.08415; the scale is this project's.
+
     Args:
       inputs: ``[B, ...]``.
 

@@ -2,7 +2,6 @@
 
 import itertools
 import pathlib
-import re
 from collections.abc import Mapping
 
 from gfa_jax import files
@@ -85,7 +84,7 @@ def _groups(study: plan.Study, gathered: Gathered) -> list[str]:
 
 def _name(kind: str, group: str) -> str:
     """Returns the stem of a picture's file."""
-    return "-".join([kind, *re.findall("[a-z0-9]+", group.lower())])
+    return "-".join([kind, *group.split()]).lower()
 
 
 def _pictures(study: plan.Study, gathered: Gathered) -> dict[str, bytes]:

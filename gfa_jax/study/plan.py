@@ -149,6 +149,11 @@ def validate(study: Study) -> None:
         where = f"study.trials[{name!r}]"
         if not name.replace("-", "").replace("_", "").isalnum():
             raise ValueError(f"{where}: a name has letters, digits, - and _ only.")
+        if trial.group and (trial.group != trial.group.lower() or not _is_words(trial.group)):
+            raise ValueError(
+                f"{where}.group={trial.group!r}: a group, which names files, has words of small "
+                "letters and digits only."
+            )
         if not trial.seeds or len(set(trial.seeds)) != len(trial.seeds):
             raise ValueError(
                 f"{where}.seeds={trial.seeds} must be different numbers, at least one."
@@ -178,6 +183,10 @@ def validate(study: Study) -> None:
         if claim.measure == "distance":
             known = tuple(specs["distances"])
         _validate.one_of(known, **{"claim.attack": claim.attack})
+
+
+def _is_words(text: str) -> bool:
+    return text == " ".join(text.split()) and text.replace(" ", "").isalnum()
 
 
 def _validate_protocol(study: Study) -> None:

@@ -20,6 +20,8 @@ from tests.study.tiny import changed, claim, protocol, tiny, tiny_study
             ),
             r"study.trials\['a/b'\]: a name has letters",
         ),
+        (lambda study: changed(study, "gfa", group="a/b"), r"\['gfa'\].group='a/b': a group"),
+        (lambda study: changed(study, "gfa", group="Nets"), r"\['gfa'\].group='Nets': a group"),
         (lambda study: changed(study, "gfa", seeds=()), r"\['gfa'\].seeds=\(\)"),
         (
             lambda study: changed(study, "gfa", seeds=(1, 1)),

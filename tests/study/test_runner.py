@@ -135,11 +135,11 @@ def test_what_is_recorded_is_not_made_again(worked, use, monkeypatch, tmp_path):
     runner.run(flags, COMMAND)
     assert (tmp_path / "study.md").read_text() == before
     # Groups are drawn apart.
-    use(changed(tiny_study(), "gfa", group="Deeper nets"))
+    use(changed(tiny_study(), "gfa", group="deeper nets"))
     runner.run(flags, COMMAND)
     text = (tmp_path / "study.md").read_text()
     assert text.count("a dot an image](study/radii.png)") == 1
-    assert text.count("a dot an image, Deeper nets](study/radii-deeper-nets.png)") == 1
+    assert text.count("a dot an image, deeper nets](study/radii-deeper-nets.png)") == 1
     pictures = (tmp_path / "study").glob("radii*.png")
     assert len({path.read_bytes() for path in pictures}) == 2
 
