@@ -328,6 +328,14 @@ TRIALS: dict[str, Trial] = {
         group="other networks",
         config=_recipe(network=_NORMALIZED, gfa=_gfa()),
         hypothesis="With BatchNorm and biases alignment promises no radius, and may yet defend.",
+        outcome="It collapses to one class before it defends.",
+        is_tested=True,
+    ),
+    "resnet_gfa_1": Trial(
+        label="ResNet: GFA at the input, lambda 1",
+        group="other networks",
+        config=_recipe(network=_NORMALIZED, gfa=_gfa(weight=1.0)),
+        hypothesis="A twentieth of the weight does not collapse.",
         is_tested=True,
     ),
     "homogeneous_resnet_fgsm_at": Trial(
