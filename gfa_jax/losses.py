@@ -123,11 +123,37 @@ def sample_other_classes(key: Array, labels: Array, num_classes: int) -> Array:
     Raises:
       ValueError: for fewer than two classes.
     """
-    if num_classes < 2:
-        raise ValueError(f"num_classes={num_classes} must be at least 2 to draw another class.")
+    _validate_other_classes(num_classes)
     return (
         labels + jax.random.randint(key, labels.shape, 1, num_classes, labels.dtype)
     ) % num_classes
+
+
+def sample_confused_classes(key: Array, logits: Array, labels: Array) -> Array:
+    """Draws for each example a class other than its label, as probable as the logits make it.
+
+    Class ``k`` has the probability ``p_k / (1 - p_y)``, of which the log-odds' gradient is the
+    mean: ``grad log_odds = E_k grad (z_k - z_y)``.
+
+    Args:
+      key: one typed PRNG key for the batch.
+      logits: ``[B, C]`` of at least 2 classes.
+      labels: int ``[B]``.
+
+    Returns:
+      int ``[B]`` with ``others != labels``, in the labels' dtype.
+
+    Raises:
+      ValueError: for fewer than two classes.
+    """
+    _validate_other_classes(logits.shape[1])
+    others = jax.random.categorical(key, _without(norms.wide(logits), labels), axis=1)
+    return others.astype(labels.dtype)
+
+
+def _validate_other_classes(num_classes: int) -> None:
+    if num_classes < 2:
+        raise ValueError(f"num_classes={num_classes} must be at least 2 to draw another class.")
 
 
 LOSSES: dict[str, LossFn] = {

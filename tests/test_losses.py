@@ -234,6 +234,31 @@ class TestSampleOtherClasses:
             losses.sample_other_classes(key, jnp.zeros(3, jnp.int32), 1)
 
 
+class TestSampleConfusedClasses:
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_others_come_as_often_as_their_probability_among_them(self, key, dtype):
+        logits = jnp.asarray([3.0, -1.0, 0.0, 1.0], dtype)
+        num, label = 20_000, 3
+        labels = jnp.full(num, label, jnp.int32)
+        others = losses.sample_confused_classes(key, jnp.tile(logits, (num, 1)), labels)
+        assert others.dtype == jnp.int32
+        counts = np.bincount(np.asarray(others), minlength=4)
+        assert counts[label] == 0
+        powers = np.exp([3.0, -1.0, 0.0])
+        expected = num * powers / powers.sum()
+        # The statistic has mean 2 and variance 4.
+        assert np.sum((counts[:3] - expected) ** 2 / expected) <= 2 + 6 * 2
+
+    def test_a_label_that_is_all_but_certain_is_never_drawn(self, key):
+        logits = jnp.tile(jnp.asarray([1e4, 0.0, 0.0]), (200, 1))
+        others = losses.sample_confused_classes(key, logits, jnp.zeros(200, jnp.int32))
+        assert set(np.asarray(others).tolist()) == {1, 2}
+
+    def test_fewer_than_two_classes_are_an_error(self, key):
+        with pytest.raises(ValueError, match="num_classes=1 must be at least 2"):
+            losses.sample_confused_classes(key, jnp.zeros((3, 1)), jnp.zeros(3, jnp.int32))
+
+
 @pytest.mark.parametrize("name", sorted(losses.LOSSES))
 def test_bfloat16_logits_are_read_in_float32(name):
     logits, labels = random_logits()

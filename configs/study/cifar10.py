@@ -86,6 +86,16 @@ _GRADIENT_NORM = RegularizerConfig(
     warmup_fraction=0.5,
     options={"norm": "l1", "squared": False},
 )
+
+
+def _linearized_margins(**options: Any) -> tuple[RegularizerConfig, ...]:
+    return (
+        RegularizerConfig(
+            name="linearized_margins", weight=1.0, warmup_fraction=0.5, options=options
+        ),
+    )
+
+
 _LITERAL: dict[str, Any] = {
     "target": "cross_entropy",
     "form": "linear",
@@ -292,7 +302,37 @@ TRIALS: dict[str, Trial] = {
         hypothesis="Near-isometric layers carry alignment from the head to the input.",
         outcome="No better than He's start.",
     ),
-    "smooth_fgsm_at": Trial(label="SiLU: FGSM-AT", config=_recipe(network=_SMOOTH, attack=_FGSM)),
+    "linearized_log_odds": Trial(
+        label="linearised log-odds",
+        config=_recipe(regularizers=_linearized_margins(samples_class=False)),
+        hypothesis="Alignment buys less than the gradient's norm because its logarithm counts all "
+        "images and classes alike. Here it counts by what it changes in the adversarial loss.",
+    ),
+    "linearized_margins": Trial(
+        label="linearised margins",
+        config=_recipe(regularizers=_linearized_margins()),
+        hypothesis="The same for one class a step, drawn by its probability: gradients of "
+        "different classes cannot cancel.",
+    ),
+    "linearized_margins_6": Trial(
+        label="linearised margins, 6/255",
+        config=_recipe(regularizers=_linearized_margins(epsilon=6 / 255)),
+        hypothesis="Every class has its own worst perturbation there, which is too much to ask.",
+    ),
+    "smooth_fgsm_at": Trial(
+        label="SiLU: FGSM-AT",
+        group="smooth networks",
+        config=_recipe(network=_SMOOTH, attack=_FGSM),
+        seeds=_SEEDS,
+        is_tested=True,
+    ),
+    "smooth_pgd2_at": Trial(
+        label="SiLU: PGD-2 AT",
+        group="smooth networks",
+        config=_recipe(network=_SMOOTH, attack=_PGD_2),
+        seeds=_SEEDS,
+        is_tested=True,
+    ),
     "smooth_gradient_norm": Trial(
         label="SiLU: gradient norm",
         config=_recipe(network=_SMOOTH, regularizers=(_GRADIENT_NORM,)),
@@ -304,6 +344,14 @@ TRIALS: dict[str, Trial] = {
         "network; ReLU's sees none of its kinks.",
         outcome="Holds for the gradient's norm, which gains clean accuracy and stays as robust. "
         "Alignment loses both: without homogeneity it is no margin.",
+    ),
+    "smooth_linearized_margins": Trial(
+        label="SiLU: linearised margins, 6/255",
+        group="smooth networks",
+        config=_recipe(network=_SMOOTH, regularizers=_linearized_margins(epsilon=6 / 255)),
+        hypothesis="Kinks hold this back as they do the gradient's norm.",
+        seeds=_SEEDS,
+        is_tested=True,
     ),
     "smooth_homogeneous_fgsm_at": Trial(
         label="scaled SiLU: FGSM-AT", config=_recipe(network=_SMOOTH_HOMOGENEOUS, attack=_FGSM)
@@ -551,6 +599,8 @@ def get_study() -> Study:
                     ("gfa_input", "fgsm_at"),
                     ("gfa_fgsm_weak", "fgsm_at"),
                     ("gfa_fgsm_weak", "pgd2_at"),
+                    ("smooth_linearized_margins", "smooth_fgsm_at"),
+                    ("smooth_linearized_margins", "smooth_pgd2_at"),
                     ("whole_gfa", "whole_fgsm_at"),
                     ("whole_gfa_at", "whole_fgsm_at"),
                 )

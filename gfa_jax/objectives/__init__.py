@@ -36,6 +36,7 @@ from gfa_jax.objectives.input_gradients import (
     grad_align,
     gradient_norm,
     jacobian_norm,
+    linearized_margins,
     local_linearity,
 )
 from gfa_jax.objectives.registry import REGULARIZERS, regularizer
@@ -56,6 +57,7 @@ __all__ = [
     "grad_align",
     "gradient_norm",
     "jacobian_norm",
+    "linearized_margins",
     "local_linearity",
     "logit_pairing",
     "logit_squeezing",

@@ -143,6 +143,70 @@ def gradient_norm(
     return regularized(penalty_fn, weight, cross_entropy_weight, name="gradient_norm")
 
 
+def linearized_margins(
+    weight: float | Array,
+    threat: ThreatModel,
+    *,
+    epsilon: float | Array | None = None,
+    samples_class: bool = True,
+    cross_entropy_weight: float | Array = 1.0,
+) -> Objective:
+    """The cross-entropy where linearised margins are worst in the threat's ball.
+
+    ``penalty = mean [softplus(s + epsilon |g|_q) - softplus(s)]`` with the log-odds ``s`` of being
+    wrong, for which ``softplus(s)`` is the cross-entropy, and the gradient ``g`` of the margin to
+    one other class. So with weight 1 the loss is ``mean softplus(s + epsilon |g|_q)``, the first
+    order of the adversarial loss in margins, where ``gradient_norm`` is the first order in the
+    cross-entropy, which saturates. Margins are linearised so by Elsayed et al. 2018 (arXiv
+    1803.05598), with another loss; this one is this project's.
+
+    It is what alignment becomes when it counts as much as it changes the loss: by its definition
+    ``|g|_q = <-g, h> / (|h|_p a)`` for the alignment ``a`` of the input ``h`` (``alignment``), in a
+    network without biases the margin over the radius.
+
+    Metrics: those of ``cross_entropy()``, ``linearized_margins_penalty``,
+    ``linearized_margins_decrease`` (the mean of ``epsilon |g|_q``, in logits) and
+    ``linearized_margins_weight``.
+
+    Args:
+      weight: >= 0, usually 1; may be traced. A Python 0 gives exactly ``cross_entropy()``.
+      threat: gives the dual norm q, and epsilon.
+      epsilon: in input units, > 0; the threat's by default. Less of it makes up for every class
+        having its own worst perturbation. May be traced.
+      samples_class: whether the margin is that to a class drawn by its probability at every step
+        (``losses.sample_confused_classes``); else to all of them in one, ``g = grad s``, in which
+        the gradients of different classes cancel in part.
+      cross_entropy_weight: 0 leaves the penalty alone, to add to another objective.
+
+    Raises:
+      ValueError: for arguments out of range.
+    """
+    if epsilon is not None:
+        _validate.positive(epsilon=epsilon)
+    radius = threat.epsilon if epsilon is None else epsilon
+
+    def penalty_fn(model: ModelFn, params: Params, batch: Batch, key: Array) -> Penalty:
+        labels = batch["labels"]
+
+        def summed_target(inputs: Array) -> tuple[Array, tuple[Array, Array, ModelState]]:
+            (logits, _), model_state = model(params, {}, inputs, train=True)
+            log_odds = target = losses.log_odds(logits, labels)
+            if samples_class:
+                others = losses.sample_confused_classes(key, logits, labels)
+                target = losses.class_difference(logits, labels, others)
+            return jnp.sum(target), (log_odds, logits, model_state)
+
+        gradient, (log_odds, logits, model_state) = jax.grad(summed_target, has_aux=True)(
+            batch["inputs"]
+        )
+        decrease = radius * _size(wide(gradient), threat.dual_norm, squared=False)
+        added = jax.nn.softplus(log_odds + decrease) - jax.nn.softplus(log_odds)
+        metrics = {"linearized_margins_decrease": jnp.mean(decrease)}
+        return Penalty(jnp.mean(added), metrics, logits, model_state)
+
+    return regularized(penalty_fn, weight, cross_entropy_weight, name="linearized_margins")
+
+
 def jacobian_norm(
     weight: float | Array,
     num_projections: int | None = 1,

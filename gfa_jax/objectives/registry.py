@@ -15,6 +15,7 @@ from gfa_jax.objectives.input_gradients import (
     grad_align,
     gradient_norm,
     jacobian_norm,
+    linearized_margins,
     local_linearity,
 )
 from gfa_jax.threat import ThreatModel
@@ -29,6 +30,7 @@ REGULARIZERS: Mapping[str, RegularizerFactory] = {
     "grad_align": grad_align,
     "gradient_norm": gradient_norm,
     "jacobian_norm": jacobian_norm,
+    "linearized_margins": linearized_margins,
     "local_linearity": local_linearity,
     "logit_squeezing": logit_squeezing,
 }

@@ -1,5 +1,7 @@
 """Penalties on input gradients: closed forms on a linear model, differences on a smooth one."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,10 +9,11 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from gfa_jax import ThreatModel, attacks, losses, objectives
+from gfa_jax import ThreatModel, alignment, attacks, losses, objectives
 from tests.objectives import toy
 
 THREAT = ThreatModel(epsilon=0.1)
+THREAT_L2 = ThreatModel(norm="l2", epsilon=0.1)
 
 PENALTIES = {
     "grad_align": lambda weight, **kw: objectives.grad_align(weight, THREAT, **kw),
@@ -22,6 +25,10 @@ PENALTIES = {
     "gradient_norm_linf": lambda weight, **kw: objectives.gradient_norm(weight, "linf", **kw),
     "jacobian_norm": objectives.jacobian_norm,
     "jacobian_norm_exact": lambda weight, **kw: objectives.jacobian_norm(weight, None, **kw),
+    "linearized_margins": lambda weight, **kw: objectives.linearized_margins(weight, THREAT, **kw),
+    "linearized_log_odds": lambda weight, **kw: objectives.linearized_margins(
+        weight, THREAT_L2, epsilon=0.5, samples_class=False, **kw
+    ),
     "curvature": lambda weight, **kw: objectives.curvature(weight, 0.3, **kw),
     "curvature_norm": lambda weight, **kw: objectives.curvature(weight, 0.3, squared=False, **kw),
     "local_linearity": lambda weight, **kw: objectives.local_linearity(
@@ -96,6 +103,69 @@ def test_gradient_norm_by_hand(case, key, norm, squared):
     objective = objectives.gradient_norm(1.0, norm, squared=squared)
     value = penalty(objective, params, batch, key, "gradient_norm")
     chex.assert_trees_all_close(value, expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("threat", [THREAT, THREAT_L2, ThreatModel(norm="l1", epsilon=0.1)])
+@pytest.mark.parametrize("samples_class", [True, False])
+def test_linearized_margins_of_two_classes_are_worst_where_the_attack_ends(
+    key, threat, samples_class
+):
+    """In a linear model of two classes the linear margin is exact, and so is FGSM."""
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda v: v[..., :2], toy.linear_params(key))
+        batch = toy.batch(key)
+        batch["labels"] = batch["labels"] % 2
+        # No box: it would stop the attack.
+        threat = dataclasses.replace(threat, bounds=(-10.0, 10.0))
+        objective = objectives.linearized_margins(1.0, threat, samples_class=samples_class)
+        loss, aux = objective(toy.linear, params, batch, key)
+        attacked = objectives.adversarial(attacks.fgsm(threat), objectives.cross_entropy())
+        chex.assert_trees_all_close(loss, attacked(toy.linear, params, batch, key)[0], rtol=1e-10)
+        order = {"linf": 1, "l2": 2, "l1": np.inf}[threat.norm]
+        slope = np.linalg.norm(np.asarray(params["kernel"] @ jnp.array([1.0, -1.0])), order)
+        decrease = aux.metrics["linearized_margins_decrease"]
+        np.testing.assert_allclose(decrease, 0.1 * slope, rtol=1e-10)
+
+
+def test_linearized_margins_are_a_mean_over_classes(case, key):
+    """Over many draws, each class counts by its probability, with its own slope."""
+    params, batch = case
+    objective = objectives.linearized_margins(1.0, THREAT, epsilon=0.4)
+
+    @jax.jit
+    @jax.vmap
+    def draw(key):
+        return objective(toy.linear, params, batch, key)[0]
+
+    values = draw(jax.random.split(key, 4000))
+    kernel, labels = np.asarray(params["kernel"]), np.asarray(batch["labels"])
+    probs = toy.softmax(toy.linear_logits(params, batch["inputs"]))
+    expected = 0.0
+    for prob, label in zip(probs, labels, strict=True):
+        wrong = 1 - prob[label]
+        for other in set(range(toy.NUM_CLASSES)) - {int(label)}:
+            slope = np.abs(kernel[:, other] - kernel[:, label]).sum()
+            worst = np.log(wrong / prob[label]) + 0.4 * slope
+            expected += prob[other] / wrong * np.log1p(np.exp(worst)) / len(labels)
+    error = np.std(values) / np.sqrt(4000)
+    assert 0 < error < 0.01
+    assert abs(np.mean(values) - expected) < 4 * error
+
+
+def test_linearized_margins_count_alignment_by_the_margin(key):
+    """Without biases: epsilon over the radius that alignment promises, times the margin."""
+    with jax.enable_x64(True):
+        params = {**toy.linear_params(key), "bias": jnp.zeros(toy.NUM_CLASSES)}
+        params = jax.tree.map(lambda v: v[..., :2], params)
+        inputs, labels = toy.batch(key)["inputs"], jnp.zeros(6, int)
+        logits = inputs @ params["kernel"]
+        grads = jnp.broadcast_to(params["kernel"] @ jnp.array([-1.0, 1.0]), inputs.shape)
+        radius = jnp.max(inputs, axis=1) * alignment.alignment(inputs, grads, "linf")
+        margin = -losses.margin(logits, labels)
+        expected = jnp.mean(jax.nn.softplus(-margin * (1 - THREAT.epsilon / radius)))
+        batch = {"inputs": inputs, "labels": labels}
+        loss, _ = objectives.linearized_margins(1.0, THREAT)(toy.linear, params, batch, key)
+        np.testing.assert_allclose(loss, expected, rtol=1e-10)
 
 
 def test_grad_align_by_hand(case, key):
@@ -273,6 +343,7 @@ def test_bfloat16_is_close_to_float32(key, name):
         (lambda: objectives.gradient_norm(1.0, "l3"), "norm='l3' is not one of"),
         (lambda: objectives.jacobian_norm(1.0, 0), "num_projections=0 must be an integer >= 1"),
         (lambda: objectives.curvature(1.0, 0.0), "h=0.0 must be a finite number > 0"),
+        (lambda: objectives.linearized_margins(1.0, THREAT, epsilon=0.0), "epsilon=0.0 must be"),
         (lambda: objectives.local_linearity(1.0, THREAT, gradient_ratio=-2.0), "gradient_ratio"),
         (lambda: objectives.local_linearity(1.0, THREAT, num_steps=0), "num_steps=0"),
         (lambda: objectives.logit_squeezing(1.0, cross_entropy_weight=-1), "cross_entropy_weight"),

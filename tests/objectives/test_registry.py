@@ -74,7 +74,8 @@ def test_every_name_is_its_function(case, key, name):
     assert alone > 0
     chex.assert_trees_all_close(whole, alone + plain, rtol=1e-5)
     function = getattr(objectives, name)
-    threat = {"threat": THREAT} if name in ("grad_align", "local_linearity") else {}
+    takes_threat = name in ("grad_align", "linearized_margins", "local_linearity")
+    threat = {"threat": THREAT} if takes_threat else {}
     direct, _ = function(0.7, **threat, **options)(toy.linear, params, batch, key)
     chex.assert_trees_all_equal(whole, direct)
 
