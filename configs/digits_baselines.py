@@ -103,6 +103,11 @@ def squared_gradient_norm() -> TrainConfig:
     return _regularized("gradient_norm", 1.0)
 
 
+def linearized_margins() -> TrainConfig:
+    """The adversarial loss to first order in margins, with the threat's epsilon."""
+    return _regularized("linearized_margins", 1.0)
+
+
 def jacobian_norm() -> TrainConfig:
     """Hoffman et al. 2019, arXiv 1908.02729, with one projection.
 
@@ -171,6 +176,7 @@ RECIPES = {
         trades_awp,
         gradient_norm,
         squared_gradient_norm,
+        linearized_margins,
         jacobian_norm,
         curvature,
         local_linearity,

@@ -93,6 +93,7 @@ STATED = {
     "trades_awp": Stated(0.95, 0.60),
     "gradient_norm": Stated(0.95, 0.07),
     "squared_gradient_norm": Stated(0.89, 0.32),
+    "linearized_margins": Stated(0.90, 0.50),
     "jacobian_norm": Stated(0.90, 0.44),
     "curvature": Stated(0.92, 0.43),
     "local_linearity": Stated(0.91, 0.48),
