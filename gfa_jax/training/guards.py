@@ -72,8 +72,8 @@ class CollapseGuard:
         if zeros > 0.99:
             raise TrainingFailedError(
                 f"step {step}: the network is dead ({zeros:.0%} of features or gradients are "
-                "exactly zero). Lower gfa.weight, lengthen gfa.warmup_fraction, or use "
-                "target='sampled_margin'."
+                "exactly zero). Lower gfa.weight or lengthen gfa.warmup_fraction; "
+                "target='sampled_margin' is the target that kills least."
             )
         if (
             accuracy < 1.5 * chance
@@ -84,6 +84,6 @@ class CollapseGuard:
                 f"step {step}: alignment collapse. Accuracy {accuracy:.1%} is at chance, "
                 f"cross-entropy {cross_entropy:.3f} at log C = {math.log(self._num_classes):.3f}, "
                 f"while the alignment is {aligned:.2f}: one class became the dump for all. Lower "
-                "gfa.weight, lengthen gfa.warmup_fraction, or use target='sampled_margin' with "
-                "form='log'."
+                "gfa.weight or lengthen gfa.warmup_fraction; target='sampled_margin' with "
+                "form='log' in a network without biases and normalisation collapses least."
             )
