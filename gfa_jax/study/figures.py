@@ -1,6 +1,7 @@
 """The pictures of a study's page, as PNG files: readable in any Markdown viewer."""
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -127,8 +128,7 @@ def radii(series: Series) -> bytes:
         axes.plot([0, largest], [0, largest], color="#999999", linewidth=0.8)
         if some:
             axes.plot(*zip(*some, strict=True), "o", color=_COLORS[0], ms=2, alpha=0.5)
-        axes.set_title(label, fontsize=8)
-        axes.tick_params(labelsize=7)
+        _entitle(axes, label)
     figure.supxlabel("radius that alignment promises", fontsize=8)
     figure.supylabel("radius that DeepFool finds", fontsize=8)
     return _png(figure)
@@ -160,8 +160,7 @@ def surfaces(series: Series) -> bytes | None:
         lengths = surface["lengths"]
         drawn = axes.contourf(lengths, lengths, surface["median_log_odds"], levels, cmap="RdBu_r")
         axes.contour(lengths, lengths, surface["median_log_odds"], [0], colors="black")
-        axes.set_title(label, fontsize=8)
-        axes.tick_params(labelsize=7)
+        _entitle(axes, label)
     figure.colorbar(drawn, ax=panels, label="median log-odds")
     figure.supxlabel("random direction, epsilons", fontsize=8)
     figure.supylabel("direction of the attack, epsilons", fontsize=8)
@@ -181,6 +180,12 @@ def _first(series: Series) -> Record:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else float("nan")
+
+
+def _entitle(axes: Axes, label: str) -> None:
+    """Writes a training's label over its panel, in lines no wider than it."""
+    axes.set_title(textwrap.fill(label, 32), fontsize=8)
+    axes.tick_params(labelsize=7)
 
 
 def _figure(num_panels: int) -> tuple[Figure, list[Axes]]:
