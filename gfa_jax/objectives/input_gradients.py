@@ -23,15 +23,15 @@ from gfa_jax import _validate, losses, norms
 from gfa_jax.attacks import base as attacks_base
 from gfa_jax.objectives.classification import Penalty, regularized, wide
 from gfa_jax.threat import ThreatModel
-from gfa_jax.types import Array, Batch, ModelFn, ModelState, Objective, Params
+from gfa_jax.types import Array, Batch, LossFn, ModelFn, ModelState, Objective, Params
 
 
 class _Pass(NamedTuple):
     """The model at one point of each example.
 
     Attributes:
-      loss: cross-entropy ``[B]``.
-      gradient: with respect to the inputs, ``[B, ...]``, float32 or wider.
+      loss: ``[B]``: the cross-entropy, or what else was differentiated.
+      gradient: of its sum with respect to the inputs, ``[B, ...]``, float32 or wider.
       logits: ``[B, C]``.
       model_state: after the pass.
     """
@@ -43,13 +43,19 @@ class _Pass(NamedTuple):
 
 
 def _pass(
-    model: ModelFn, params: Params, inputs: Array, labels: Array, *, train: bool = True
+    model: ModelFn,
+    params: Params,
+    inputs: Array,
+    labels: Array,
+    *,
+    loss_fn: LossFn = losses.cross_entropy,
+    train: bool = True,
 ) -> _Pass:
     """One forward and one backward pass, differentiable with respect to ``params``."""
 
     def summed_loss(inputs: Array) -> tuple[Array, tuple[Array, Array, ModelState]]:
         (logits, _), model_state = model(params, {}, inputs, train=train)
-        loss = losses.cross_entropy(logits, labels)
+        loss = loss_fn(logits, labels)
         return jnp.sum(loss), (loss, logits, model_state)
 
     gradient, (loss, logits, model_state) = jax.grad(summed_loss, has_aux=True)(inputs)
@@ -179,30 +185,24 @@ def linearized_margins(
       cross_entropy_weight: 0 leaves the penalty alone, to add to another objective.
 
     Raises:
-      ValueError: for arguments out of range.
+      ValueError: for arguments out of range; at the first trace, for a model of one class.
     """
     if epsilon is not None:
         _validate.positive(epsilon=epsilon)
     radius = threat.epsilon if epsilon is None else epsilon
 
     def penalty_fn(model: ModelFn, params: Params, batch: Batch, key: Array) -> Penalty:
-        labels = batch["labels"]
+        def sampled_margin(logits: Array, labels: Array) -> Array:
+            others = losses.sample_confused_classes(key, logits, labels)
+            return losses.class_difference(logits, labels, others)
 
-        def summed_target(inputs: Array) -> tuple[Array, tuple[Array, Array, ModelState]]:
-            (logits, _), model_state = model(params, {}, inputs, train=True)
-            log_odds = target = losses.log_odds(logits, labels)
-            if samples_class:
-                others = losses.sample_confused_classes(key, logits, labels)
-                target = losses.class_difference(logits, labels, others)
-            return jnp.sum(target), (log_odds, logits, model_state)
-
-        gradient, (log_odds, logits, model_state) = jax.grad(summed_target, has_aux=True)(
-            batch["inputs"]
-        )
-        decrease = radius * _size(wide(gradient), threat.dual_norm, squared=False)
+        loss_fn = sampled_margin if samples_class else losses.log_odds
+        clean = _pass(model, params, batch["inputs"], batch["labels"], loss_fn=loss_fn)
+        decrease = radius * _size(clean.gradient, threat.dual_norm, squared=False)
+        log_odds = losses.log_odds(clean.logits, batch["labels"])
         added = jax.nn.softplus(log_odds + decrease) - jax.nn.softplus(log_odds)
         metrics = {"linearized_margins_decrease": jnp.mean(decrease)}
-        return Penalty(jnp.mean(added), metrics, logits, model_state)
+        return Penalty(jnp.mean(added), metrics, clean.logits, clean.model_state)
 
     return regularized(penalty_fn, weight, cross_entropy_weight, name="linearized_margins")
 
