@@ -57,7 +57,8 @@ def regularizer(
 
     Raises:
       ValueError: for an unknown name, a module, file or function that is not there, an option that
-        the factory does not take or needs, or a factory that does not return a function.
+        the factory does not take or needs, a switch that is not bool, or a factory that does not
+        return a function.
     """
     factory = _find(name)
     parameters = inspect.signature(factory).parameters
@@ -85,6 +86,11 @@ def regularizer(
     ]
     if missing:
         raise ValueError(f"regularizer {name!r} needs the option {missing[0]!r}.")
+    for option, value in options.items():
+        # Any other value would be taken for true, the string "False" too.
+        is_switch = option in parameters and isinstance(parameters[option].default, bool)
+        if is_switch and not isinstance(value, bool):
+            raise ValueError(f"{option}={value!r} must be True or False.")
     objective = factory(weight, **arguments)
     if not callable(objective):
         raise ValueError(

@@ -76,6 +76,8 @@ def alignment_and_robustness(series: Series) -> bytes:
                 color=color,
                 label=label if number == 0 else None,
             )
+    for axes in (left, right):
+        axes.locator_params(axis="x", nbins=5)  # Small numbers are long.
     left.set(xlabel="alignment at the input (margin)", ylabel="worst-case accuracy")
     right.set(xlabel="alignment of hidden layers (log-odds)")
     _legend(figure, [right])
@@ -186,6 +188,7 @@ def _entitle(axes: Axes, label: str) -> None:
     """Writes a training's label over its panel, in lines no wider than it."""
     axes.set_title(textwrap.fill(label, 32), fontsize=8)
     axes.tick_params(labelsize=7)
+    axes.locator_params(axis="x", nbins=6)
 
 
 def _figure(num_panels: int) -> tuple[Figure, list[Axes]]:

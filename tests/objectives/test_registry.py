@@ -132,6 +132,8 @@ def test_a_module_on_the_path_is_imported(own, monkeypatch, tmp_path):
         ("grad_algn", {}, "regularizer='grad_algn'.*Did you mean 'grad_align'"),
         ("curvature", {}, "'curvature' needs the option 'h'"),
         ("curvature", {"hh": 1.0}, "takes no option 'hh'.*Did you mean 'h'"),
+        ("gradient_norm", {"squared": "False"}, "squared='False' must be True or False"),
+        ("linearized_margins", {"samples_class": 0}, "samples_class=0 must be True or False"),
         ("no_such_module.at_all:f", {}, "Python finds no module 'no_such_module.at_all'"),
         ("nowhere.py:f", {}, "there is no file 'nowhere.py'"),
         ("OWN:logit_powr", {}, "has no function 'logit_powr'. Did you mean 'logit_power'"),
