@@ -1,6 +1,7 @@
 """Regularisers by name and by import path: what is passed on, and what is refused."""
 
 import os
+import sys
 
 import chex
 import jax
@@ -95,8 +96,10 @@ def test_options_and_weight_reach_a_file_of_ones_own(case, key, own):
     assert objective(None, None, None, None)[0] == pytest.approx(0.6)
 
 
-def test_a_file_that_changed_is_run_again(tmp_path):
+def test_a_file_that_changed_is_run_again(tmp_path, monkeypatch):
     """And dataclasses under postponed annotations work in it."""
+    # Compiled files, where Python keeps them, tell neither of the two from the other.
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     path = tmp_path / "changing.py"
     text = """
 from __future__ import annotations
