@@ -26,6 +26,14 @@ def one_of(valid: Iterable[str], **arguments: Any) -> None:
             )
 
 
+def instance(kinds: type | tuple[type, ...], **arguments: Any) -> None:
+    """Raises ValueError unless every keyword argument is an instance of ``kinds``."""
+    for argument, value in arguments.items():
+        if not isinstance(value, kinds):
+            names = [kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,))]
+            raise ValueError(f"{argument}={value!r} must be of type {' or '.join(names)}.")
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 

@@ -48,3 +48,19 @@ def write_json(path: pathlib.Path, value: Any) -> None:
       ValueError: for NaN and infinities, which are not JSON.
     """
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def put_aside(path: pathlib.Path) -> pathlib.Path:
+    """Renames a file or folder to ``NAME.old-1``, or the next number that is free.
+
+    Returns:
+      Where it lies now.
+
+    Raises:
+      FileNotFoundError: where there is none.
+    """
+    number = 1
+    while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
+        number += 1
+    path.rename(aside)
+    return aside

@@ -31,3 +31,16 @@ def test_files_are_readable_like_any_other(tmp_path):
     files.write_bytes(tmp_path / "a", b"x")
     (tmp_path / "b").write_bytes(b"x")
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_what_is_put_aside_replaces_nothing(tmp_path):
+    path = tmp_path / "a.json"
+    for content in ("one", "two"):
+        path.write_text(content)
+        files.put_aside(path)
+    assert sorted((entry.name, entry.read_text()) for entry in tmp_path.iterdir()) == [
+        ("a.json.old-1", "one"),
+        ("a.json.old-2", "two"),
+    ]
+    with pytest.raises(FileNotFoundError):
+        files.put_aside(path)

@@ -38,3 +38,11 @@ def test_traced_and_missing_values_pass():
 def test_suggestions():
     assert _validate.suggestion("num_step", ["num_steps", "loss"]) == " Did you mean 'num_steps'?"
     assert _validate.suggestion("zzz", ["num_steps"]) == ""
+
+
+def test_instances():
+    _validate.instance((int, float), at_least=2.0)
+    with pytest.raises(ValueError, match="at_least='2' must be of type int or float"):
+        _validate.instance((int, float), at_least="2")
+    with pytest.raises(ValueError, match="label=None must be of type str"):
+        _validate.instance(str, label=None)

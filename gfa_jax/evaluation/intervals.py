@@ -141,7 +141,8 @@ def paired_trainings_difference(
     Each is trained as often. Of one training it is ``paired_difference``. Of several, Student's
     interval over the trainings' differences and that over the examples' mean differences are
     squared and added: trainings and examples are crossed, so both vary the mean. What varies with
-    the pair of them is in both, which makes the interval a little wide.
+    the pair of them is in both, which makes the interval a little wide. Over examples it reaches at
+    least as far as Wilson's of none: recipes that never differ on N examples may on others.
 
     Args:
       left: bool ``[K, N]``, whether the first recipe's trainings are right on each example.
@@ -165,12 +166,14 @@ def paired_trainings_difference(
         return paired_difference(left[0], right[0], confidence)
     differences = left.astype(float) - right.astype(float)
     center = float(differences.mean())
-    halves = []
-    for axis in (0, 1):
+
+    def half_width(axis: int) -> float:
         interval = student(differences.mean(axis=axis).tolist(), confidence)
         assert interval is not None  # At least two of either.
-        halves.append((interval[1] - interval[0]) / 2)
-    half = math.hypot(*halves)
+        return (interval[1] - interval[0]) / 2
+
+    _, of_none = wilson(0, left.shape[1], confidence)
+    half = math.hypot(max(half_width(0), of_none), half_width(1))
     return center, max(center - half, -1.0), min(center + half, 1.0)
 
 

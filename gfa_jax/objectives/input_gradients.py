@@ -185,7 +185,8 @@ def linearized_margins(
       cross_entropy_weight: 0 leaves the penalty alone, to add to another objective.
 
     Raises:
-      ValueError: for arguments out of range; at the first trace, for a model of one class.
+      ValueError: for arguments out of range; with ``samples_class``, at the first trace, for a
+        model of one class.
     """
     if epsilon is not None:
         _validate.positive(epsilon=epsilon)

@@ -2,7 +2,8 @@
 
     python -m gfa_jax.study --study configs/study/cifar10.py --data_dir DIR
 
-A stopped one goes on where it stopped. Started again beside a running one, it shares the work.
+A stopped one goes on where it stopped. Started again beside a running one, with the same OUT, it
+shares the work.
 """
 
 import shlex

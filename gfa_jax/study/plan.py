@@ -142,9 +142,13 @@ def validate(study: Study) -> None:
     """
     if not study.trials:
         raise ValueError("study.trials is empty: a study needs recipes.")
+    _validate_types(study)
     labels = [trial.label for trial in study.trials.values() if trial.is_tested]
     if len(set(labels)) < len(labels):
         raise ValueError(f"the labels of tested trials must differ, and are {labels}.")
+    folders: dict[str, list[str]] = {}
+    for name in study.trials:
+        folders.setdefault(name.lower(), []).append(name)
     for name, trial in study.trials.items():
         where = f"study.trials[{name!r}]"
         if not name.replace("-", "").replace("_", "").isalnum():
@@ -154,11 +158,15 @@ def validate(study: Study) -> None:
                 f"{where}.group={trial.group!r}: a group, which names files, has words of small "
                 "letters and digits only."
             )
+        if len(folders[name.lower()]) > 1:
+            raise ValueError(f"{folders[name.lower()]} would share a folder on some systems.")
         if not trial.seeds or len(set(trial.seeds)) != len(trial.seeds):
             raise ValueError(
                 f"{where}.seeds={trial.seeds} must be different numbers, at least one."
             )
-        _validate.non_negative(**{f"{where}.seeds": min(trial.seeds)})
+        for seed in trial.seeds:
+            if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+                raise ValueError(f"{where}.seeds={trial.seeds}: {seed!r} is no integer >= 0.")
         if not trial.config.data.num_validation:
             raise ValueError(
                 f"{where}.config.data.num_validation=0: without a validation split, recipes would "
@@ -183,6 +191,25 @@ def validate(study: Study) -> None:
         if claim.measure == "distance":
             known = tuple(specs["distances"])
         _validate.one_of(known, **{"claim.attack": claim.attack})
+
+
+def _validate_types(study: Study) -> None:
+    """Checks what would not be noticed before the page is written."""
+    for name, trial in study.trials.items():
+        where = f"study.trials[{name!r}]"
+        _validate.instance(Trial, **{where: trial})
+        _validate.instance(TrainConfig, **{f"{where}.config": trial.config})
+        _validate.instance(tuple, **{f"{where}.seeds": trial.seeds})
+        _validate.instance(bool, **{f"{where}.is_tested": trial.is_tested})
+        for field in ("label", "group", "hypothesis", "outcome"):
+            _validate.instance(str, **{f"{where}.{field}": getattr(trial, field)})
+    for field in ("title", "about", "conclusions"):
+        _validate.instance(str, **{f"study.{field}": getattr(study, field)})
+    for claim in study.claims:
+        _validate.instance(Claim, **{"claim": claim})
+        for field in ("text", "claimed"):
+            _validate.instance(str, **{f"claim.{field}": getattr(claim, field)})
+        _validate.instance((int, float), **{"claim.at_least": claim.at_least})
 
 
 def _is_words(text: str) -> bool:
@@ -214,6 +241,8 @@ def _validate_protocol(study: Study) -> None:
         where = f"study.protocol.{fields[kind]}"
         if not specs and kind in ("validation", "honest"):
             raise ValueError(f"{where} is empty.")
+        if len(set(specs)) < len(specs):
+            raise ValueError(f"{where} names an attack twice: {specs}.")
         for spec in specs:
             name, options = parse_attack(spec)
             of_distances = kind == "distances"

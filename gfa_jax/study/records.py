@@ -51,6 +51,33 @@ def read(path: pathlib.Path, config: TrainConfig) -> Record:
     return record
 
 
+def replace(path: pathlib.Path, config: TrainConfig, record: Record) -> Record:
+    """Writes a record, and loses none that is there.
+
+    Stages that another process has recorded of the same weights meanwhile are kept. What was judged
+    of other weights is put aside, in a file beside it that is not read again
+    (``NAME-seed0.json.old-1``).
+
+    Args:
+      path: of the record.
+      config: its recipe.
+      record: new.
+
+    Returns:
+      What was written.
+
+    Raises:
+      ValueError: for a record of another recipe in its place.
+    """
+    there = read(path, config)
+    if there.get("weights_hash") == record.get("weights_hash"):
+        record = there | record
+    elif any(stage in there for stage in plan.STAGES):
+        files.put_aside(path)
+    files.write_json(path, record)
+    return record
+
+
 def gather(study: plan.Study, folder: pathlib.Path) -> dict[str, list[Record]]:
     """Reads the records of a study.
 

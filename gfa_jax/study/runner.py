@@ -13,6 +13,7 @@ import numpy as np
 
 from gfa_jax import _validate, cli, data, files
 from gfa_jax.evaluation import evaluate, loading
+from gfa_jax.evaluation.records import RecordsMismatchError
 from gfa_jax.study import judge as judge_lib
 from gfa_jax.study import page, plan, records
 from gfa_jax.training import dry_run, guards, loop, run_folder
@@ -47,8 +48,9 @@ def run(flags: Flags, command: str) -> None:
 
     A record is written as soon as a stage is done. A model that has to be trained anew, because
     its run is gone and a stage is missing, is judged anew: on test images, where
-    ``validation_only`` leaves them for later, by the call that does not. Trials that another
-    process with the same ``out`` works on are passed over.
+    ``validation_only`` leaves them for later, by the call that does not; the record it replaces is
+    kept beside the new one (``records.replace``). Trials that another process with the same ``out``
+    works on are passed over. The page is that of the study as its file says when the work is done.
 
     Args:
       flags: see ``Flags``.
@@ -60,13 +62,17 @@ def run(flags: Flags, command: str) -> None:
       FileNotFoundError: for a missing study or data set.
     """
     study = plan.load_study(flags.study)
-    chosen = cli.split_names(flags.trials) or list(study.trials)
+    chosen = cli.split_names(flags.trials) if flags.trials else list(study.trials)
+    if not chosen:
+        raise ValueError(f"trials={flags.trials!r} names no trial; without it, all are worked on.")
     for name in chosen:
         _validate.one_of(study.trials, trials=name)
     if flags.max_seeds is not None:
         _validate.positive_integer(max_seeds=flags.max_seeds)
     out = pathlib.Path(flags.out)
     folder = pathlib.Path(flags.records) if flags.records else out / "records"
+    target = pathlib.Path(flags.page) if flags.page else out / "study.md"
+    _check_paths(out, folder, target)
     # All records are looked at before the first hour is spent.
     records.gather(study, folder)
     if not flags.write_only:
@@ -82,9 +88,28 @@ def run(flags: Flags, command: str) -> None:
                 seeds = study.trials[name].seeds
                 if number < len(seeds):
                     _work(study, name, seeds[number], out, folder, flags, judge)
-    target = pathlib.Path(flags.page) if flags.page else out / "study.md"
+    if not flags.write_only:
+        # What is said of the trials may have been written while they ran.
+        study = plan.load_study(flags.study)
     page.write(study, records.gather(study, folder), target, command)
     print(f"written: {target}", file=sys.stderr)
+
+
+def _check_paths(out: pathlib.Path, folder: pathlib.Path, target: pathlib.Path) -> None:
+    """Refuses places that could not be written to, hours later.
+
+    Raises:
+      ValueError: naming the flag.
+    """
+    if not target.suffix or target.is_dir():
+        raise ValueError(
+            f"page={str(target)!r} must be a file with an ending, such as study.md: its pictures "
+            "lie in a folder without."
+        )
+    for name, path in (("out", out), ("records", folder), ("page", target.with_suffix(""))):
+        first = next(one for one in (path, *path.parents) if one.exists())
+        if not first.is_dir():
+            raise ValueError(f"{name}={str(path)!r} cannot be a folder: {str(first)!r} is a file.")
 
 
 def _check_runs(study: plan.Study, chosen: Sequence[str], out: pathlib.Path) -> None:
@@ -136,7 +161,7 @@ def _work(
         except guards.TrainingFailedError as error:
             # What was judged before was another model.
             kept = {name: record[name] for name in ("trial", "seed", "config")}
-            files.write_json(path, kept | {"failure": str(error)})
+            records.replace(path, config, kept | {"failure": str(error)})
             return
         run = loading.load_run(workdir, data_dir=flags.data_dir, num_examples=1)
         if run.step < config.train_steps:
@@ -163,7 +188,7 @@ def _work(
                 "environment": run_folder.versions(),
                 **judgement,
             }
-            files.write_json(path, record)
+            record = records.replace(path, config, record)
 
 
 def _judge(
@@ -184,7 +209,12 @@ def _judge(
             diagnostics=protocol.diagnostics,
             data_dir=data_dir,
         )
-        results = evaluate.evaluate(flags)
+        try:
+            results = evaluate.evaluate(flags)
+        except RecordsMismatchError:
+            # Of other weights, versions or settings: it is kept, and made anew.
+            files.put_aside(workdir / "eval")
+            results = evaluate.evaluate(flags)
         with np.load(workdir / "eval" / "outcomes.npz", allow_pickle=False) as outcomes:
             return records.summary(results, outcomes)
     is_validation = stage == "validation"

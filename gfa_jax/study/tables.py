@@ -1,5 +1,6 @@
 """Tables of a study from its records, and what their cells say."""
 
+import collections
 import itertools
 import math
 import statistics
@@ -7,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gfa_jax.evaluation import diagnostics, intervals
-from gfa_jax.study import plan
+from gfa_jax.study import plan, records
 from gfa_jax.study.records import Gathered, Record
 
 WORST = "worst_case"
@@ -59,8 +60,10 @@ def tested_table(study: plan.Study, gathered: Gathered, tested: Gathered) -> lis
         f"{_listed(specs['honest'])}. The worst case is over the attacks within epsilon of both. "
         "FLOPs: of training, as a multiple of standard training's, of products and convolutions as "
         "this backend makes them. "
-        "Diagnostics: those that fail in any seed, and of those that would make the accuracies "
-        "upper bounds (in bold) also those that nothing was measured for."
+        "Diagnostics of masked gradients: those that fail in any seed, those that warn, and of "
+        "those that would make the accuracies upper bounds (in bold) also those that nothing was "
+        f"measured for{_unknown_everywhere(tested)}. D10 warns where an attack on the margin finds "
+        "more than one on the cross-entropy, and counts in the worst case."
     )
     return [markdown(header, rows), note]
 
@@ -74,7 +77,7 @@ def radii_table(study: plan.Study, with_radii: Gathered) -> list[str]:
     """
     header = ["training", "images", "radius promised, median", "found, median", "found / promised"]
     epsilon = next(iter(study.trials.values())).config.threat.epsilon
-    header += [f"promised beyond {_radius(epsilon)}", f"found beyond {_radius(epsilon)}"]
+    header += [f"{found} beyond {_radius(epsilon)}" for found in ("promised", "found")]
     rows = []
     for name, some in with_radii.items():
         # Where DeepFool finds nothing, its radius is larger than any.
@@ -85,6 +88,7 @@ def radii_table(study: plan.Study, with_radii: Gathered) -> list[str]:
                 record["radii"]["linear"], record["radii"]["measured"], strict=True
             )
         ]
+        resists = list(itertools.chain.from_iterable(map(_resists, some)))
         ratios = [found / promised for promised, found in pairs if promised > 0]
         cells = [study.trials[name].label, str(len(pairs))]
         if len(pairs) < 2 or not ratios:
@@ -93,21 +97,32 @@ def radii_table(study: plan.Study, with_radii: Gathered) -> list[str]:
         cells += [f"{statistics.median(side):.4f}" for side in zip(*pairs, strict=True)]
         ends = (sorted(ratios)[round(share * (len(ratios) - 1))] for share in (0.1, 0.9))
         low, high = (f"{end:.2f}" for end in ends)
-        cells.append(f"{statistics.median(ratios):.2f} ({low}-{high})")
-        cells += [
-            f"{100 * statistics.mean(radius > epsilon for radius in side):.0f} %"
-            for side in zip(*pairs, strict=True)
-        ]
+        of_fewer = f" of {len(ratios)}" if len(ratios) < len(pairs) else ""
+        cells.append(f"{statistics.median(ratios):.2f} ({low}-{high}){of_fewer}")
+        for side in zip(*pairs, strict=True):
+            beyond = [
+                right for radius, right in zip(side, resists, strict=True) if radius > epsilon
+            ]
+            broken = f", {100 * (1 - statistics.mean(beyond)):.0f} % broken" if beyond else ""
+            cells.append(f"{100 * len(beyond) / len(pairs):.0f} %{broken}")
         rows.append(cells)
     norm = next(iter(with_radii.values()))[0]["radii"]["norm"]
     note = (
         "Of the test images that are right. Promised: the linear radius |h| a in "
-        f"{norm}, from the alignment a of the normalised image h with the margin's gradient, in "
-        "units of the image; without biases it is what the nearest boundary's gradient says. "
-        "Found: DeepFool's, infinite where it finds nothing; it oversteps by 2 %. In brackets the "
-        "10 % and 90 % quantiles over images."
+        f"{norm}, from the alignment a of the normalised image h with the gradient of the margin "
+        "to the runner-up class, in units of the image; without biases it is that margin over its "
+        "gradient's size, where DeepFool's first step starts. Found: DeepFool's, infinite where it "
+        "finds nothing; it oversteps by 2 %, and is an upper bound of the true radius. In brackets "
+        "the 10 % and 90 % quantiles over images; ratios leave out images that are promised 0 or "
+        "less, and then say of how many they are. Broken: by any attack within epsilon, of those "
+        "whose radius lies beyond it."
     )
     return [markdown(header, rows), note]
+
+
+def _resists(record: Record) -> list[bool]:
+    """Returns which of the images that are right without attack stay right under all of them."""
+    return [bool(right) for right in records.right(record, WORST)[records.right(record, "clean")]]
 
 
 def search_table(study: plan.Study, gathered: Gathered) -> list[str]:
@@ -229,29 +244,44 @@ def _accuracy(values: Sequence[float], evaluations: Sequence[Mapping[str, Any]])
 
 
 def _diagnostics(tests: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the diagnostics that fail in any seed, and those that ought to be known and are not.
+    """Returns the diagnostics that fail or warn, and those that ought to be known and are not.
 
-    Those that invalidate the attacks are in bold.
+    Those that invalidate the attacks are in bold; with several seeds each says in how many.
     """
     if not any(one["diagnostics"] for one in tests):
         return "not made"
 
     def named(status: str) -> list[str]:
-        found = (
-            entry["id"]
-            for one in tests
-            for entry in one["diagnostics"]
-            if entry["status"] == status
-        )
-        return list(dict.fromkeys(found))
+        seeds = _having(tests, status)
+        return [
+            (f"**{name}**" if name in diagnostics.INVALIDATING else name)
+            + (f" ({count} of {len(tests)} seeds)" if len(tests) > 1 else "")
+            for name, count in seeds.items()
+        ]
 
-    invalidating = diagnostics.INVALIDATING
-    failing = [f"**{name}**" if name in invalidating else name for name in named("FAIL")]
-    unknown = [name for name in named("NA") if name in invalidating]
+    failing, warning = named("FAIL"), named("WARN")
+    unknown = [name for name in _having(tests, "NA") if name in diagnostics.INVALIDATING]
     parts = [f"fail: {', '.join(failing)}" if failing else "none fails"]
+    if warning:
+        parts.append(f"warn: {', '.join(warning)}")
     if unknown:
         parts.append(f"not measured: {', '.join(unknown)}")
     return "; ".join(parts)
+
+
+def _having(tests: Iterable[Mapping[str, Any]], status: str) -> collections.Counter[str]:
+    """Returns in how many evaluations each diagnostic has a status, in the diagnostics' order."""
+    return collections.Counter(
+        entry["id"] for one in tests for entry in one["diagnostics"] if entry["status"] == status
+    )
+
+
+def _unknown_everywhere(tested: Gathered) -> str:
+    """Returns which diagnostics no evaluation measured, as an aside."""
+    tests = [record["test"] for some in tested.values() for record in some]
+    made = [one for one in tests if one["diagnostics"]]
+    unknown = [name for name, count in _having(made, "NA").items() if count == len(made)]
+    return f" (measured for none: {', '.join(unknown)})" if unknown else ""
 
 
 def _title(spec: str) -> str:

@@ -49,7 +49,9 @@ def record_of(name, seed, fgsm, **fields):
         # Seeds that both have; what seeds agree on is still a matter of images.
         ([0.3, 0.4, 0.5], [0.2], 4.0, "(30.0 against 20.0) | +7.4 to +12.7 | 1 | yes"),
         ([9 / 500, 9 / 500], [14 / 500, 14 / 500], -1.0, "-1.9 to -0.1 | 2 | within chance"),
-        ([9 / 500, 9 / 500], [9 / 500, 9 / 500], 0.0, "+0.0 to +0.0 | 2 | yes"),
+        # Trainings that never differ on 500 images: up to Wilson's 3.84 in 503.84.
+        ([9 / 500, 9 / 500], [9 / 500, 9 / 500], 0.0, "-0.8 to +0.8 | 2 | within chance"),
+        ([0.0] * 3, [0.0] * 3, -0.8, "-0.8 to +0.8 | 3 | yes"),
         (
             [0.3, None, 0.5],
             [0.2, 0.2, None],
@@ -77,4 +79,38 @@ def test_claims_hold_as_far_as_intervals_say(ours, theirs, at_least, expected):
     lines = claims.claims_table(
         study, gathered, {name: some for name, some in judged.items() if some}
     )
+    assert expected in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("ours", "at_least", "expected"),
+    [
+        # Ratios 1, 2 and 3: Student's of their mean is 2 +- 4.303 / sqrt(3).
+        ([0.5, 1.0, 1.5], 2.5, "| 2.0 times; 100 and 50 % found | -0.5 to 4.5 | 3 | within chance"),
+        ([0.5, 1.0, 1.5], 4.5, "| -0.5 to 4.5 | 3 | no"),
+        ([0.5, 1.0, 1.5], -0.5, "| -0.5 to 4.5 | 3 | yes"),
+        ([1.0, 1.0], 2.0, "| 2.0 times; 100 and 50 % found | 2.0 to 2.0 | 2 | yes"),
+        ([1.0], 2.0, "| 2.0 times; 100 and 50 % found | - | 1 | yes"),
+        ([1.0], 2.1, "| - | 1 | no"),
+    ],
+)
+def test_ratios_of_distances_hold_as_far_as_seeds_say(ours, at_least, expected):
+    study = changed(tiny_study(), "gfa", seeds=(0, 1, 2))
+    attack = "deepfool:num_steps=20"
+    study = claim(study, measure="distance", attack=attack, at_least=at_least)
+
+    def distances(mean, rate):
+        found = {"mean_of_successes": mean, "success_rate": rate}
+        return {"minimum_norm": {attack: found}}
+
+    gathered = {
+        "gfa": [
+            record_of("gfa", seed, 0.3, distances=distances(mean, 1.0))
+            for seed, mean in enumerate(ours)
+        ],
+        "standard": [
+            record_of("standard", seed, 0.2, distances=distances(0.5, 0.5)) for seed in range(3)
+        ],
+    }
+    lines = claims.claims_table(study, gathered, gathered)
     assert expected in lines[0]

@@ -22,6 +22,19 @@ from tests.study.tiny import changed, claim, protocol, tiny, tiny_study
         ),
         (lambda study: changed(study, "gfa", group="a/b"), r"\['gfa'\].group='a/b': a group"),
         (lambda study: changed(study, "gfa", group="Nets"), r"\['gfa'\].group='Nets': a group"),
+        (lambda study: changed(study, "gfa", seeds=3), r"\['gfa'\].seeds=3 must be of type tuple"),
+        (lambda study: changed(study, "gfa", seeds=(0.5,)), r"seeds=\(0.5,\): 0.5 is no integer"),
+        (lambda study: changed(study, "gfa", seeds=(-1,)), r"seeds=\(-1,\): -1 is no integer >= 0"),
+        (lambda study: changed(study, "gfa", outcome=None), "outcome=None must be of type str"),
+        (lambda study: changed(study, "gfa", config={}), "config={} must be of type TrainConfig"),
+        (
+            lambda study: dataclasses.replace(
+                study, trials={**study.trials, "GFA": study.trials["searched"]}
+            ),
+            r"\['gfa', 'GFA'\] would share a folder",
+        ),
+        (lambda study: protocol(study, paper_attacks="fgsm,fgsm"), "names an attack twice"),
+        (lambda study: claim(study, at_least="20"), "claim.at_least='20' must be of type int or"),
         (lambda study: changed(study, "gfa", seeds=()), r"\['gfa'\].seeds=\(\)"),
         (
             lambda study: changed(study, "gfa", seeds=(1, 1)),

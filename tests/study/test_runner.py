@@ -10,6 +10,7 @@ import textwrap
 import numpy as np
 import pytest
 
+from gfa_jax import files
 from gfa_jax.config import GFAConfig
 from gfa_jax.evaluation import curves, evaluate
 from gfa_jax.study import judge, plan, records, runner
@@ -111,7 +112,7 @@ def test_the_page_has_what_the_records_have(worked):
     assert f"    {COMMAND}" in text
     assert "| plain | 2 | 1.00 |" in text
     claims = [line for line in text.splitlines() if line.startswith(("| defends", "| farther"))]
-    assert [line.split("|")[7].strip() for line in claims] == ["no", "yes"]
+    assert [line.split("|")[7].strip() for line in claims] == ["no", "no"]
     assert "too short to tell" in text
     assert "Still to do" not in text
     pictures = {"curves", "distances", "alignment", "radii", "surfaces", "shares"}
@@ -282,6 +283,8 @@ def test_a_model_that_is_trained_anew_is_judged_anew(worked, ready, use, monkeyp
     runner.run(flags, COMMAND)
     again = json.loads(path.read_text())
     assert judged == ["validation", "test", "distances", "radii"]
+    aside = json.loads(path.with_name(f"{path.name}.old-1").read_text())
+    assert aside == record | {"weights_hash": "of other weights"}
     assert again["weights_hash"] == record["weights_hash"]
     assert again["test"]["clean_accuracy"] == 0.0
     # Unless test images are to be left for later.
@@ -291,7 +294,7 @@ def test_a_model_that_is_trained_anew_is_judged_anew(worked, ready, use, monkeyp
     runner.run(dataclasses.replace(flags, validation_only=True), COMMAND)
     assert judged == ["validation"]
     assert not json.loads(path.read_text()).keys() & {"test", "distances", "radii"}
-    # Nothing is kept of a model whose training fails the second time.
+    # A model whose training fails the second time has nothing of the first in its record.
 
     def fail(config, workdir):
         raise guards.TrainingFailedError("collapsed")
@@ -327,13 +330,78 @@ def test_missing_data_is_said_before_anything_is_written(use, tmp_path):
     ("flags", "message"),
     [
         ({"trials": "gfaa"}, "trials='gfaa' is not one of.*Did you mean 'gfa'"),
+        ({"trials": ","}, "trials=',' names no trial"),
         ({"max_seeds": 0}, "max_seeds=0"),
+        ({"page": "notes"}, "page='notes' must be a file with an ending"),
+        ({"page": "/tmp.d/../"}, "page='/tmp.d/..' must be a file with an ending"),
+        ({"records": __file__}, "records='.*test_runner.py' cannot be a folder: .* is a file"),
+        ({"out": f"{__file__}/a/b"}, "out='.*test_runner.py/a/b' cannot be a folder: .*py' is a"),
+        ({"page": f"{__file__}/a.md"}, "page='.*test_runner.py/a' cannot be a folder"),
     ],
 )
 def test_bad_flags_are_refused(use, tmp_path, flags, message):
     use(tiny_study())
     with pytest.raises(ValueError, match=message):
-        runner.run(runner.Flags("tiny.py", out=str(tmp_path), **flags), COMMAND)
+        runner.run(runner.Flags(**{"study": "tiny.py", "out": str(tmp_path), **flags}), COMMAND)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_another_process_recorded_is_kept(worked, ready, use, monkeypatch, tmp_path):
+    """Processes with other folders of runs may share the records."""
+    use(tiny_study())
+    path = tmp_path / "records" / "gfa-seed0.json"
+    whole = json.loads((worked / "records" / "gfa-seed0.json").read_text())
+
+    def meanwhile(stage, *args):
+        files.write_json(path, whole)
+        return {"clean_accuracy": 0.0, "data": {"hash": whole["validation"]["data"]["hash"]}}
+
+    monkeypatch.setattr(runner, "_judge", meanwhile)
+    monkeypatch.setattr(runner.page, "write", lambda *args: None)
+    flags = runner.Flags("tiny.py", out=str(tmp_path), trials="gfa", validation_only=True)
+    runner.run(flags, COMMAND)
+    kept = json.loads(path.read_text())
+    assert {stage: kept[stage] for stage in ("test", "distances", "radii")} == {
+        stage: whole[stage] for stage in ("test", "distances", "radii")
+    }
+    assert kept["validation"]["clean_accuracy"] == 0.0
+    # What it found of other weights lies beside this one's.
+    path.unlink()
+    whole["weights_hash"] = "of other weights"
+    runner.run(flags, COMMAND)
+    assert json.loads(path.with_name(f"{path.name}.old-1").read_text()) == whole
+    assert json.loads(path.read_text())["weights_hash"] == kept["weights_hash"]
+
+
+def test_an_evaluation_of_something_else_is_put_aside(worked, use, tmp_path, monkeypatch):
+    """It may be of another protocol or version: its folder is not to stop a study."""
+    use(protocol(tiny_study(), batch_size=24))
+    monkeypatch.setattr(curves, "CURVES", {"fgsm": ("fgsm", ())})
+    shutil.copytree(worked, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "records").iterdir():
+        record = json.loads(path.read_text())
+        if path.stem == "gfa-seed0":
+            record.pop("test")
+        elif "test" in record:
+            record["test"]["protocol"]["batch_size"] = 24
+        path.write_text(json.dumps(record))
+    runner.run(runner.Flags("tiny.py", out=str(tmp_path), trials="gfa"), COMMAND)
+    before = worked / "gfa-seed0" / "eval" / "results.json"
+    aside = tmp_path / "gfa-seed0" / "eval.old-1" / "results.json"
+    assert aside.read_bytes() == before.read_bytes()
+    record = json.loads((tmp_path / "records" / "gfa-seed0.json").read_text())
+    after = json.loads(before.read_text())["robust_accuracy"]
+    assert record["test"]["robust_accuracy"] == after
+
+
+def test_the_page_says_what_the_study_says_when_the_work_is_done(
+    worked, ready, monkeypatch, tmp_path
+):
+    texts = iter(["at first", "in the end"])
+    monkeypatch.setattr(plan, "load_study", lambda path: tiny_study(conclusions=next(texts)))
+    flags = runner.Flags("tiny.py", out=str(tmp_path), records=str(worked / "records"))
+    runner.run(flags, COMMAND)
+    assert "in the end" in (tmp_path / "study.md").read_text()
 
 
 def test_help_and_a_missing_study(capsys):

@@ -25,7 +25,7 @@ def test_numbers_of_a_page_by_hand():
             },
             "num_examples": 20,
             # Bits: the first 10 of 20, and the first 4.
-            "right": {"fgsm": "ffc000", "worst_case": "f00000"},
+            "right": {"clean": "ffffc0", "fgsm": "ffc000", "worst_case": "f00000"},
             "data": {"name": "digits"},
             "threat": {"norm": "linf", "epsilon": 8 / 255},
             "layers": {},
@@ -36,6 +36,7 @@ def test_numbers_of_a_page_by_hand():
                 {"id": "D3", "status": "PASS", "value": 1.0},
                 {"id": "D5", "status": "NA", "value": None},
                 {"id": "D8", "status": "NA", "value": None},
+                {"id": "D10", "status": "WARN", "value": 1.0},
             ],
         },
         "distances": {
@@ -56,6 +57,7 @@ def test_numbers_of_a_page_by_hand():
     }
     second = json.loads(json.dumps(one)) | {"seed": 3}
     second["test"]["clean_accuracy"] = 0.7
+    second["test"]["diagnostics"] = second["test"]["diagnostics"][1:4]
     gathered = {"standard": [one, second], "gfa": [far], "searched": []}
     text = page.render(tiny_study(), gathered, COMMAND, {})
     plain, aligned = (
@@ -67,13 +69,16 @@ def test_numbers_of_a_page_by_hand():
     assert "| 0.5 (1.0x) |" in plain
     assert "| 1.25 (2.5x), 50 % found |" in aligned
     assert "| 1 | 2.00 | 90.0 (69.9-97.2) |" in aligned
-    assert "**20.0 (8.1-41.6)** | fail: **D1**, D2; not measured: D5 |" in aligned
+    assert "**20.0 (8.1-41.6)** | fail: **D1**, D2; warn: D10; not measured: D5 |" in aligned
+    seeds = "fail: **D1** (1 of 2 seeds), D2 (2 of 2 seeds); warn: D10 (1 of 2 seeds); not"
+    assert f"| {seeds} measured: D5 |" in plain
+    assert "those that nothing was measured for (measured for none: D5)." in text
     assert "with jax 1, Python 3, 1 x cpu; jax 2, Python 3, 1 x cpu." in text
     assert "epsilon 8/255" in text
     # Of the seed that both have: Newcombe's interval of 10 in 20 against 10 in 20, uncorrelated.
     verdict = "| +99 points | +0.0 points (50.0 against 50.0) | -28.4 to +28.4 | 1 | no | 20.0 and"
     assert verdict in text
-    assert "| 0 times | 2.5 times; 50 and 100 % found | - | 1 | yes | 20.0 and 20.0 |" in text
+    assert "| 99 times | 2.5 times; 50 and 100 % found | - | 1 | no | 20.0 and 20.0 |" in text
     # A seed whose distances are still to come, and one that failed.
     del second["distances"]
     failed = {"trial": "gfa", "seed": 0, "config": far["config"], "failure": "collapsed"}
@@ -97,11 +102,21 @@ def test_numbers_of_a_page_by_hand():
 def test_radii_are_compared_image_by_image():
     promised = [0.1, 0.2, 0.4, 0.0, 0.5]
     found = [0.2, 0.2, 0.2, 0.1, None]  # Nothing found is farther than all.
-    whole = {"radii": {"norm": "linf", "linear": promised[:4], "measured": found[:4]}}
-    last = {"radii": {"norm": "linf", "linear": promised[4:], "measured": found[4:]}}
+    # Right are images 1 to 4 of 8, of which 1, 2 and 4 resist; the last resists, too.
+    right = {"clean": "78", "worst_case": "68"}
+    whole = {
+        "radii": {"norm": "linf", "linear": promised[:4], "measured": found[:4]},
+        "test": {"right": right, "num_examples": 8},
+    }
+    last = {
+        "radii": {"norm": "linf", "linear": promised[4:], "measured": found[4:]},
+        "test": {"right": {"clean": "80", "worst_case": "80"}, "num_examples": 8},
+    }
     lines = tables.radii_table(tiny_study(), {"standard": [whole, last], "gfa": [last]})
     table = lines[0].splitlines()
     assert "promised beyond 38.25/255" in table[0]
     # Ratios 2, 1, 1/2 and infinity; three of five are promised beyond .15, four found.
-    assert table[2] == "| plain | 5 | 0.2000 | 0.2000 | 1.50 (0.50-inf) | 60 % | 80 % |"
+    ratio = "1.50 (0.50-inf) of 4"
+    shares = "60 %, 33 % broken | 80 %, 25 % broken"
+    assert table[2] == f"| plain | 5 | 0.2000 | 0.2000 | {ratio} | {shares} |"
     assert table[3] == "| aligned | 1 | - | - | - | - | - |"

@@ -63,8 +63,8 @@ def tiny_study(**parts):
             baseline="standard",
             attack="deepfool:num_steps=20",
             measure="distance",
-            claimed="0 times",
-            at_least=0.0,
+            claimed="99 times",
+            at_least=99.0,
         ),
     )
     study = Study(
