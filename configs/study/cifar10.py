@@ -607,10 +607,11 @@ promises a radius, which DeepFool, starting from the same linearisation, finds (
 of radii) with any training. But the promise is that of a linear function. Of images promised more
 than epsilon, attacks within epsilon break 57 % in standard training, 12 % with GFA at the input and
 3 to 9 % in adversarial training. So GFA at the input does enlarge radii, as a penalty on the
-gradient that does not depend on its scale, and most of them hold. But adversarial training, which does not ask for alignment, ends with more of it, at the input and
-in hidden layers (picture of alignment). That GFA spends itself on images that are safe already is
-not the whole answer: asking for no more than one or two epsilons (the ceilings) took robustness,
-and gave clean accuracy back within chance.
+gradient that does not depend on its scale, and most of them hold. But adversarial training, which
+does not ask for alignment, ends with more of it, at the input and in hidden layers (picture of
+alignment). That GFA spends itself on images that are safe already is not the whole answer: asking
+for no more than one or two epsilons (the ceilings) took robustness, and gave clean accuracy back
+within chance.
 """
 
 
