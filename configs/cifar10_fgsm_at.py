@@ -5,7 +5,8 @@ networks need.
 Data: CIFAR-10 through tensorflow-datasets (45,000 training, 5,000 validation, 10,000 test images);
 `python -m gfa_jax.data.prepare cifar10 --data_dir DIR --archive PATH` prepares it.
 Cost: 30 epochs at 1.7 times the FLOPs of a standard step.
-Result: not measured at this length yet; docs/study.md has a smaller budget.
+Result: 72.0 % of 500 test images right, 25.4 % in the worst case over docs/study.md's attacks (JPEG
+    copy, seed 0, the study's batches in four parts); `whole_fgsm_at` there.
 Command: python train.py --config configs/cifar10_fgsm_at.py --workdir runs/cifar10_fgsm_at
     --config.data.data_dir=DIR
 """
