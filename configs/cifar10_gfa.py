@@ -6,7 +6,7 @@ log-odds are weaker, the cross-entropy has no window between no effect and colla
 nearest class the network dies (docs/study.md).
 Data: CIFAR-10 through tensorflow-datasets (45,000 training, 5,000 validation, 10,000 test images);
 `python -m gfa_jax.data.prepare cifar10 --data_dir DIR --archive PATH` prepares it.
-Cost: 30 epochs at twice the FLOPs of a standard step.
+Cost: 30 epochs at twice the FLOPs of a standard step; an hour and a quarter on a CPU core.
 Result: 46.4 % of 500 test images right, 23.0 % in the worst case over docs/study.md's attacks (JPEG
     copy, seed 0, the study's batches in four parts); `whole_gfa` there.
 Command: python train.py --config configs/cifar10_gfa.py --workdir runs/cifar10_gfa

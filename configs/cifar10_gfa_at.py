@@ -3,7 +3,7 @@
 Source: composition of cifar10_gfa and cifar10_fgsm_at, with the weight that docs/study.md chose.
 Data: CIFAR-10 through tensorflow-datasets (45,000 training, 5,000 validation, 10,000 test images);
 `python -m gfa_jax.data.prepare cifar10 --data_dir DIR --archive PATH` prepares it.
-Cost: 30 epochs at 2.7 times the FLOPs of a standard step.
+Cost: 30 epochs at 2.5 times the FLOPs of a standard step; an hour and a half on a CPU core.
 Result: not measured at this length yet; docs/study.md has a smaller budget.
 Command: python train.py --config configs/cifar10_gfa_at.py --workdir runs/cifar10_gfa_at
     --config.data.data_dir=DIR

@@ -4,7 +4,7 @@ Source: Madry et al. 2018, arXiv 1706.06083, with steps of 2/255 as in Rice et a
 arXiv 2002.11569; epsilon rises over the first quarter, which bias-free networks need.
 Data: CIFAR-10 through tensorflow-datasets (45,000 training, 5,000 validation, 10,000 test images);
 `python -m gfa_jax.data.prepare cifar10 --data_dir DIR --archive PATH` prepares it.
-Cost: 30 epochs at 7.7 times the FLOPs of a standard step.
+Cost: 30 epochs at 5.9 times the FLOPs of a standard step.
 Result: not measured at this length yet.
 Command: python train.py --config configs/cifar10_pgd_at.py --workdir runs/cifar10_pgd_at
     --config.data.data_dir=DIR
