@@ -455,8 +455,8 @@ TRIALS: dict[str, Trial] = {
         group="whole recipes",
         config=_whole(cifar10_gfa_at.get_config()),
         hypothesis="The same, on top of FGSM training.",
-        outcome="As robust as FGSM-AT on test images within chance, and less accurate, at 1.7 times "
-        "its cost.",
+        outcome="As robust as FGSM-AT on test images within chance, and less accurate, at 1.7 "
+        "times its cost.",
         is_tested=True,
     ),
     "few_fgsm_at": Trial(label="2,000 images: FGSM-AT", config=_recipe(images=_FEW, attack=_FGSM)),
