@@ -2,8 +2,8 @@
 
 Source: arXiv 2511.13749 in this library's reading (docs/method.md): alignment of the normalised
 input with the gradient of a sampled margin, in the dual of l_inf, log form. On colour images the
-log-odds are weaker, the cross-entropy has no window between no effect and collapse, and with the
-nearest class the network dies (docs/study.md).
+log-odds are less accurate, the cross-entropy changes nothing until it collapses the network, and
+with the nearest class the network dies, each at the weights that docs/study.md tried.
 Data: CIFAR-10 through tensorflow-datasets (45,000 training, 5,000 validation, 10,000 test images);
 `python -m gfa_jax.data.prepare cifar10 --data_dir DIR --archive PATH` prepares it.
 Cost: 30 epochs at twice the FLOPs of a standard step; an hour and a quarter on a CPU core.

@@ -567,7 +567,9 @@ homogeneous or with BatchNorm and biases; networks of SiLU have biases. All this
 budgets that adversarial training is known for: compare rows with each other, not with published
 tables. The images are a JPEG copy of CIFAR-10. `make study DATA_DIR=DIR` trains and judges what has
 no record in `docs/study/records` yet. Other processors round differently, after which the same
-recipe and seed ends at other accuracies: differences within chance are no differences.
+recipe and seed ends at other accuracies: differences within chance are no differences. Diagnostics
+are explained in docs/evaluation.md; D10 warns where an attack on the margin finds more than one on
+the cross-entropy.
 
 Baselines: FGSM-AT with a random start (Wong et al. 2020, arXiv 2001.03994), PGD-AT (Madry et al.
 2018, arXiv 1706.06083), TRADES (Zhang et al. 2019, arXiv 1901.08573), and the gradient's norm as

@@ -60,7 +60,7 @@ def gfa(
         more is asked of an example (``alignment.penalty``); others have none (1).
       target: the differentiated target: ``sampled_margin`` (``z_k - z_y`` with ``k`` uniform over
         the other classes, drawn at every step), a name from ``losses.LOSSES``, or a per-example
-        function. ``cross_entropy`` is the paper's literal reading; its gradient vanishes on
+        function. ``cross_entropy`` is the abstract's literal reading; its gradient vanishes on
         confident examples, which masks instead of defends (docs/method.md).
       form: the penalty, one of ``alignment.FORMS``.
       second_order: how the penalty is differentiated with respect to the parameters. ``exact``:

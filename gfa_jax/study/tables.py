@@ -62,8 +62,7 @@ def tested_table(study: plan.Study, gathered: Gathered, tested: Gathered) -> lis
         "this backend makes them. "
         "Diagnostics of masked gradients: those that fail in any seed, those that warn, and of "
         "those that would make the accuracies upper bounds (in bold) also those that nothing was "
-        f"measured for{_unknown_everywhere(tested)}. D10 warns where an attack on the margin finds "
-        "more than one on the cross-entropy, and counts in the worst case."
+        f"measured for{_unknown_everywhere(tested)}."
     )
     return [markdown(header, rows), note]
 
