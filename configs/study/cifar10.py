@@ -630,20 +630,21 @@ kept by the literal reading within chance, and not by the other.
   example, the network is in ReLU as robust as FGSM-AT within chance, and far less accurate (one
   seed, validation). In SiLU, of three seeds, it is more robust than FGSM-AT by 1.5 points (0.1 to
   2.9), at 1.3 times its cost: a narrow lead, of which 1,000 validation images see less (23.2 and
-  22.8), and in one of eight comparisons at equal cost, which chance alone could bring. It is
-  within chance of the gradient's norm, which costs the same (2.7 points, -0.1 to 5.5), and of PGD-2
-  AT, which costs a little more (validation). Clean accuracy is within two points of all of them.
+  22.8), and the only one in eight comparisons with baselines of about the same cost or less, so
+  chance alone could bring it; whether it lasts at equal cost is still to do. It is within chance of
+  the gradient's norm, which costs the same (2.7 points, -0.1 to 5.5), and of PGD-2 AT, which costs
+  a little more (validation). Clean accuracy is within two points of all of them.
 
 The theory is right as far as it goes: in a network without biases, alignment in the dual of l_inf
 promises a radius, which DeepFool, starting from the same linearisation, finds (table and pictures
 of radii) with any training. But the promise is that of a linear function. Of images promised more
 than epsilon, attacks within epsilon break 57 % in standard training, 12 % with GFA at the input and
-3 to 9 % in adversarial training, of the whole recipes 7 % and 19 %. So GFA at the input does
-enlarge radii, as a penalty on the gradient that does not depend on its scale, and most of them
-hold. But in the small network FGSM and PGD training, which do not ask for alignment, end with more
-of it, at the input and in hidden layers (picture of alignment). That GFA spends itself on images
-that are safe already is not the whole answer: asking for no more than one or two epsilons (the
-ceilings) took robustness, and gave clean accuracy back within chance.
+3 to 9 % in adversarial training; of the whole recipes 7 % with GFA and 19 % with FGSM training. So
+GFA at the input does enlarge radii, as a penalty on the gradient that does not depend on its scale,
+and most of them hold. But in the small network FGSM and PGD training, which do not ask for
+alignment, end with more of it, at the input and in hidden layers (picture of alignment). That GFA
+spends itself on images that are safe already is not the whole answer: asking for no more than one
+or two epsilons (the ceilings) took robustness, and gave clean accuracy back within chance.
 """
 
 
