@@ -158,7 +158,7 @@ for step in [*range(20), *range(40, 60)]:
     positions = pipeline.batch_positions(50, 16, seed=3, step=step)[8 * index : 8 * index + 8]
     own |= {tuple(lazy.positions[positions])}
 shares = {tuple(read[start : start + 8]) for start in range(0, len(read), 8)}
-print("foreign", len([p for p in map(tuple, shares) if p not in own]), "shares", len(shares))
+assert shares <= own, shares - own
 """
 
 
@@ -184,7 +184,6 @@ def test_two_processes_have_the_same_batch_and_read_their_shares_alone():
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], said
-    assert all("foreign 0 " in text for text in said), said
 
 
 def test_errors_of_reading_reach_the_training():
